@@ -1,9 +1,9 @@
 """Lets torchvision import beside a PyTorch build that its compiled operators were not made for.
 
-The default torchvision wheel for Linux is compiled against CUDA builds of PyTorch. Beside a CPU build its library does not
-load, and `import torchvision` (hence `import timm`) then fails while it describes two operators that were never declared.
-Declaring them is enough: all that Vitalloy uses (transforms, data sets) is plain Python. Where the library loads, nothing
-is changed. Import this module before timm or torchvision.
+The default torchvision wheel for Linux is compiled against CUDA builds of PyTorch. Beside a CPU build its library does
+not load, and `import torchvision` (hence `import timm`) then fails while it describes two operators that were never
+declared. Declaring them is enough: all that Vitalloy uses (transforms, data sets) is plain Python. Where the library
+loads, nothing is changed. Import this module before timm or torchvision.
 """
 
 from __future__ import annotations
