@@ -29,12 +29,14 @@ class Variant:
         top1: published ImageNet-1k top-1 in percent, or None.
         checkpoints: file names of published weights that load.
         cfg: what differs from the usual default configuration (input_size, mean, crop_pct, ...).
+        note: what a reader of `top1` must know, such as other training data.
     """
 
     arch: dict[str, Any]
     top1: float | None = None
     checkpoints: tuple[str, ...] = ()
     cfg: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def _load_backbones() -> None:
 
 def _build(entry: Entry, pretrained: bool, **kwargs: Any) -> nn.Module:
     arch = {**entry.variant.arch, **{k: v for k, v in kwargs.items() if v is not None}}
+    if kwargs.get("features_only"):  # some backbones have a published form of their own for dense prediction
+        arch = {**getattr(entry.cls, "features_arch", {}), **arch}
     size = kwargs.get("img_size")
     if "img_size" not in inspect.signature(entry.cls).parameters:
         arch.pop("img_size", None)  # takes any size without being told

@@ -5,8 +5,8 @@
   arXiv 2012.12877.
 
 Loads the authors' DeiT files and timm's ViT/DeiT files of the same shape; the parameter names are theirs. A model with
-another grid resizes the position table (bicubic with antialiasing, as timm does) at loading, and for an input of another
-size in the forward pass. The authors' own fine-tuning at 384 resized without antialiasing.
+another grid resizes the position table (bicubic with antialiasing, as timm does) at loading, and for an input of
+another size in the forward pass. The authors' own fine-tuning at 384 resized without antialiasing.
 """
 
 from __future__ import annotations

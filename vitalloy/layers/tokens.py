@@ -7,9 +7,10 @@ from torch import Tensor
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, H*W, C) -> (B, C, H, W), channels last in memory."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    # in this order even a batch of one has channels-last strides, without which convolutions copy
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def to_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H*W, C), row-major."""
-    return x.flatten(2).transpose(1, 2)
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
