@@ -1,0 +1,269 @@
+"""Weights: read safely, converted to our names, loaded with one readable report; and the bundle a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from vitalloy.errors import CheckpointError, ModelError
+
+log = logging.getLogger("vitalloy")
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "module")
+_AVERAGED = ("model_ema", "state_dict_ema", "ema", "ema_state_dict")
+_PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "backbone.")
+_SHOWN = 8
+BUNDLE_WEIGHTS, BUNDLE_ABOUT = "model.safetensors", "model.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_checkpoint` did: names that were left as they were, ignored, or newly initialised."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reset: tuple[str, ...] = ()
+
+
+def read_state(path: str | Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """The tensors of a weight file by name, wrappers and prefixes removed. Never runs code from the file.
+
+    Args:
+        path: a .safetensors file, or a PyTorch file that `torch.load(weights_only=True)` accepts.
+        averaged: prefer the moving average of the weights where the file holds both.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no checkpoint, or a pickle that would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file.")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty; download or copy it again.")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path)
+    state = unwrap(content, averaged=averaged)
+    if not state:
+        raise CheckpointError(f"{path}: the file holds no tensors by name, so it is no checkpoint of a model.")
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error}).") from error
+
+
+def _read_pytorch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path}: refused, because reading it would run code from the file ({_culprit(error)}). "
+                "Ask for a safetensors file, or save its state_dict alone."
+            ) from error
+        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({_culprit(error)}).") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({_culprit(error)}).") from error
+
+
+def _culprit(error: Exception) -> str:
+    """The one line of PyTorch's long message that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "GLOBAL" in line or "Unsupported" in line or "PytorchStreamReader" in line]
+    return (telling or lines or [type(error).__name__])[0][:200].rstrip(".")
+
+
+def unwrap(content: Any, *, averaged: bool = False) -> dict[str, Tensor]:
+    """The state dict inside the usual wrappers (`model`, `state_dict`, `ema`, `module.` ...), or an empty dict."""
+    while isinstance(content, Mapping) and not _is_state(content):
+        order = (*_AVERAGED, *_WRAPPERS) if averaged else (*_WRAPPERS, *_AVERAGED)
+        inside = next((content[k] for k in order if isinstance(content.get(k), Mapping)), None)
+        if inside is None:
+            return {}
+        content = inside
+    if not isinstance(content, Mapping):
+        return {}
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    while state:
+        prefix = next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None)
+        if prefix is None:
+            break
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
+def _is_state(content: Mapping) -> bool:
+    return any(isinstance(v, Tensor) for v in content.values()) and all(isinstance(k, str) for k in content)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    reset_head: bool = False,
+    averaged: bool = False,
+) -> Loaded:
+    """Load published or own weights into a model; the file is recognised by its parameter names.
+
+    Args:
+        source: a weight file, or a state dict.
+        strict: missing or unexpected entries are an error; otherwise they are logged and returned.
+        reset_head: a classifier made for other classes is left at its start instead of being an error.
+        averaged: prefer moving-average weights where the file holds both.
+
+    Raises:
+        CheckpointError: the file cannot be read safely, or does not fit the model; every name is listed.
+    """
+    state = unwrap(source, averaged=averaged) if isinstance(source, Mapping) else read_state(source, averaged=averaged)
+    where = "the state dict" if isinstance(source, Mapping) else str(source)
+    if hasattr(model, "convert_state"):
+        try:
+            state = model.convert_state(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{where}: cannot be converted to {type(model).__name__}: {error}") from error
+    own = model.state_dict()
+    reset = []
+    if reset_head:
+        head = _head_names(model)
+        reset = [k for k in own if k in head and (k not in state or state[k].shape != own[k].shape)]
+        state = {k: v for k, v in state.items() if k not in reset and (k not in head or k in own)}
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    missing = [k for k in own if k not in state and k not in reset and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in own]
+    if len(missing) == len(own) - len(reset) or shapes or (strict and (missing or unexpected)):
+        raise CheckpointError(
+            f"{where} does not fit {type(model).__name__}:" + _differences(missing, unexpected, shapes)
+        )
+    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("new", reset)):
+        if names:
+            log.warning("%s: %d %s: %s", where, len(names), kind, _shown(names))
+    return Loaded(tuple(missing), tuple(unexpected), tuple(reset))
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    found = getattr(model, "default_cfg", {}).get("classifier", "head")
+    names = {found} if isinstance(found, str) else set(found)
+    names |= {"head", "head_dist"}
+    return {f"{n}.{leaf}" for n in names for leaf in ("weight", "bias")}
+
+
+def _differences(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    parts = [f"\n  {len(names)} {kind}: {_shown(names)}" for kind, names in kinds if names]
+    return "".join(parts)
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def save(model: nn.Module, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+    """Write a model as a bundle: `model.safetensors` and `model.json`, which `load` reads back.
+
+    Args:
+        model: made by `vitalloy.create_model` (its call is stored, not its code).
+        about: anything JSON can hold that belongs to the model, such as class names.
+    """
+    if not hasattr(model, "build_args"):
+        raise ModelError("only models from vitalloy.create_model can be saved as a bundle: this one has no build_args.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    weights, text = folder / BUNDLE_WEIGHTS, folder / BUNDLE_ABOUT
+    config = {k: model.default_cfg.get(k) for k in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    record = {"format": "vitalloy bundle 1", "model": model.build_args, "preprocessing": config, **(about or {})}
+    _replace(weights, safetensors.torch.save(state, metadata={"format": "pt"}))
+    _replace(text, json.dumps(record, indent=1, ensure_ascii=False).encode())
+    return folder
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: could not be written ({error.strerror}); the file before it is unharmed."
+        ) from error
+
+
+def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
+    """A model from a bundle: a run folder, a folder made by `save`, or `hf-hub:owner/name`.
+
+    Returns:
+        The model in evaluation mode; `model.about` holds everything that `model.json` says, `model.classes` its
+        class names (or None).
+
+    Raises:
+        CheckpointError: there is no bundle, or its two files do not belong together.
+    """
+    from vitalloy.registry import create_model
+
+    folder = _fetch(str(source).removeprefix("hf-hub:")) if str(source).startswith("hf-hub:") else Path(source)
+    text = folder / BUNDLE_ABOUT
+    if not text.is_file():
+        raise CheckpointError(f"{folder}: no {BUNDLE_ABOUT} here, so this is no bundle or finished run.")
+    try:
+        about = json.loads(text.read_text(encoding="utf-8"))
+        args = dict(about["model"])
+        args["img_size"] = tuple(args["img_size"]) if args.get("img_size") else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{text}: not a Vitalloy bundle ({error!r}).") from error
+    model = create_model(args.pop("name"), **args)
+    load_checkpoint(model, folder / BUNDLE_WEIGHTS)
+    model.default_cfg.update({k: v for k, v in about.get("preprocessing", {}).items() if v is not None})
+    model.about, model.classes = about, about.get("classes")
+    return model.to(device).eval()
+
+
+def publish(folder: str | Path, repo: str, *, private: bool = False) -> str:
+    """Upload a bundle to the Hugging Face Hub as `owner/name`; returns its address. Needs a login (`hf auth login`)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not (Path(folder) / BUNDLE_ABOUT).is_file():
+        raise CheckpointError(f"{folder}: no {BUNDLE_ABOUT} here, so there is no bundle to publish.")
+    files = [BUNDLE_WEIGHTS, BUNDLE_ABOUT, "recipe.toml", "metrics.json", "report.html", "model.onnx"]
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files))
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{repo}: could not be published ({error}).") from error
+
+
+def _fetch(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[BUNDLE_WEIGHTS, BUNDLE_ABOUT]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{repo}: could not be fetched from the hub ({error}).") from error
