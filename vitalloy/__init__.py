@@ -8,6 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from vitalloy import _torchvision
+
+_torchvision.prepare()
+
 __version__ = "0.1.0"
 
 _HOME = {

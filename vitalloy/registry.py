@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import vitalloy._torchvision  # noqa: F401  must run before timm is imported
-
-# isort: split
 import fnmatch
 import importlib
 import inspect
@@ -18,6 +15,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
 from vitalloy.errors import ModelError, suggest
+from vitalloy.layers.timm_border import adapt
 
 
 @dataclass(frozen=True)
@@ -173,14 +171,16 @@ def _build(entry: Entry, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 def _build_timm(name: str, pretrained: bool, size: tuple[int, int] | None, args: dict[str, Any]) -> nn.Module:
-    if size is None:
-        return timm.create_model(name, pretrained=pretrained, **args)
+    sized = {} if size is None else {"img_size": size}
     try:
-        return timm.create_model(name, pretrained=pretrained, img_size=size, **args)
-    except TypeError:  # convolutional models take any size without being told
-        model = timm.create_model(name, pretrained=pretrained, **args)
+        model = timm.create_model(name, pretrained=pretrained, **sized, **args)
+    except TypeError:
+        if size is None:
+            raise
+        model = timm.create_model(name, pretrained=pretrained, **args)  # convolutional: any size, without being told
+    if size is not None and hasattr(model, "pretrained_cfg"):
         model.pretrained_cfg["input_size"] = (args["in_chans"], *size)
-        return model
+    return adapt(model)
 
 
 def _register_with_timm(entry: Entry, module: str) -> None:

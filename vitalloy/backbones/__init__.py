@@ -7,7 +7,5 @@ Each file reads top to bottom: parts, the model, its variants. What they share l
 import importlib
 import pkgutil
 
-import vitalloy._torchvision  # noqa: F401  must run before timm is imported
-
 for _found in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_found.name}")
