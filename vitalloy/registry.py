@@ -110,13 +110,9 @@ def create_model(
     try:
         if name in _ENTRIES:
             model = _build(_ENTRIES[name], pretrained, img_size=size, **args)
-        elif timm.is_model(name):
-            model = _build_timm(name, pretrained, size, args)
         else:
-            raise ModelError(
-                f"no model is called {name!r}.{suggest(name, [*_ENTRIES, *timm.list_models()])} "
-                "`vitalloy models` lists them."
-            )
+            default_cfg(name)  # an unknown name is an error
+            model = _build_timm(name, pretrained, size, args)
     except (TypeError, ValueError, AssertionError) as error:
         raise ModelError(f"{name} cannot be built with {args}: {error}") from error
     model.build_args = {"name": name, "img_size": size, **args}
@@ -138,6 +134,18 @@ def entry(name: str) -> Entry:
     if name not in _ENTRIES:
         raise ModelError(f"{name!r} is not one of Vitalloy's own models.{suggest(name, _ENTRIES)}")
     return _ENTRIES[name]
+
+
+def default_cfg(name: str) -> dict[str, Any]:
+    """The default configuration (input_size, mean, std, crop_pct, ...) of one of our models or of timm's."""
+    _load_backbones()
+    if name in _ENTRIES:
+        return dict(_ENTRIES[name].cfg)
+    found = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
+    if found is None:
+        hint = suggest(name, [*_ENTRIES, *timm.list_models()])
+        raise ModelError(f"no model is called {name!r}.{hint} `vitalloy models` lists them.")
+    return found.to_dict()
 
 
 def _load_backbones() -> None:

@@ -152,7 +152,7 @@ class Stage(nn.Module):
         grid = x.shape[-2:]
         x = to_tokens(x)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = run(block, x, grid)
         if self.cls_token is None:

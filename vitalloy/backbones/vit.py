@@ -126,7 +126,7 @@ class VisionTransformer(Backbone):
 
     def forward_levels(self, x: Tensor, take: Collection[int], stop: int, norm: bool) -> tuple[Tensor, list[Level]]:
         x, grid = self.patch_embed(x)
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token) if t is not None]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token) if t is not None]
         x = torch.cat([*prefix, x], dim=1)
         x = self.norm_pre(x + self.positions(grid))
         levels = []

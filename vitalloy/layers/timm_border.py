@@ -33,7 +33,7 @@ class SocketedWindowAttention(WindowAttention):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._get_rel_pos_bias()  # (1, heads, N, N)
         if mask is not None:  # (windows, N, N); x holds every image's windows in turn
-            bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)
+            bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         return self.proj_drop(self.proj(merge_heads(self.attend(q, k, v, scale=self.scale, bias=bias))))
 
 
