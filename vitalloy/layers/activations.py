@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -10,9 +11,10 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the cheap stand-in for GELU that several released models were trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # as SiLU it needs fewer passes over memory, most of all backwards; without gradients one temporary is enough
         if torch.is_grad_enabled():
-            return x * torch.sigmoid(1.702 * x)
-        return (1.702 * x).sigmoid_().mul_(x)  # one temporary instead of three: half the time
+            return F.silu(1.702 * x) * (1 / 1.702)
+        return F.silu(1.702 * x, inplace=True).mul_(1 / 1.702)
 
 
 ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU}
