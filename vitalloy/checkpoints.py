@@ -228,6 +228,8 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
 
     folder = _fetch(str(source).removeprefix("hf-hub:")) if str(source).startswith("hf-hub:") else Path(source)
     text = folder / BUNDLE_ABOUT
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such run folder or bundle.")
     if not text.is_file():
         raise CheckpointError(f"{folder}: no {BUNDLE_ABOUT} here, so this is no bundle or finished run.")
     try:

@@ -307,7 +307,7 @@ VARIANTS = {
     "cvt_21": Variant({"depths": (1, 4, 16)}, 82.5),
     "cvt_21_384": Variant({"depths": (1, 4, 16)}, 84.9, ("CvT-21-384x384-IN-22k.pth",), cfg=_384, note=_22K),
     "cvt_w24_384": Variant(
-        {"embed_dims": (192, 768, 1024), "num_heads": (3, 12, 16), "depths": (2, 2, 20)}, 87.6, cfg=_384, note=_22K
+        {"embed_dims": (192, 768, 1024), "num_heads": (3, 12, 16), "depths": (2, 2, 20)}, 87.7, cfg=_384, note=_22K
     ),
 }
 register(CvT, VARIANTS, first_conv="stage0.patch_embed.proj", crop_pct=0.875)

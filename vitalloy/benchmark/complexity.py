@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from vitalloy.registry import create_model, entry
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,29 @@ def count(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Comple
         for module, mode in training.items():
             module.training = mode
     return Complexity(sum(p.numel() for p in parameters), counter.get_total_flops() // 2)
+
+
+def about_models(names: Sequence[str]) -> list[dict[str, Any]]:
+    """What a reader wants to know of our models: name, params, macs, input, top1, note, checkpoints.
+
+    Nothing is allocated: the models are built and counted on PyTorch's meta device.
+    """
+    rows = []
+    for name in names:
+        found = entry(name)
+        channels, height, width = found.cfg["input_size"]
+        with torch.device("meta"):
+            work = count(create_model(name), (channels, height, width))
+        variant = found.variant
+        rows.append(
+            {
+                "name": name,
+                "params": work.params,
+                "macs": work.macs,
+                "input": [height, width],
+                "top1": variant.top1,
+                "note": variant.note,
+                "checkpoints": list(variant.checkpoints),
+            }
+        )
+    return rows
