@@ -1,1 +1,0 @@
-import vitalloy._torchvision  # noqa: F401  must run before timm is imported
