@@ -120,6 +120,16 @@ CASES: dict[str, Callable[[dict], Outputs]] = {
     "vit_deit/vit_small_patch32_gap": Model("vit_small_patch32_224", {"global_pool": "avg", "num_classes": 10}),
     "vit_deit/resample_pos_embed": position_tables,
     "vit_deit/distillation_losses": distillation_losses,
+    "convnext_swin_baselines/convnext_tiny_224": Model(
+        "convnext_tiny",
+        rename={"out.head.norm": "norm"},
+        result="out.out",
+        reshape={"out.head.norm": lambda t: t[:, :, None, None]},
+    ),
+    "convnext_swin_baselines/swin_tiny_224": Model("swin_tiny_patch4_window7_224", result="out.out"),
+    "convnext_swin_baselines/swin_tiny_w4_96": Model(
+        "swin_tiny_patch4_window7_224", {"img_size": 96, "window_size": 4, "num_classes": 10}, result="out.out"
+    ),
     "cvt/cvt13_224": Model("cvt_13"),
     "cvt/avg_nocls_small": Model("cvt_13", CVT_SMALL),
     "cvt/block_clstoken": cvt_block,

@@ -25,6 +25,10 @@ class Attend(nn.Module):
         `scale` defaults to d ** -0.5.
         """
         dropout = self.dropout if self.training else 0.0
+        if bias is not None and bias.requires_grad and not dropout and q.device.type == "cpu":
+            # a bias that learns has no fused form on CPUs, and PyTorch's fallback takes more passes than this
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            return (q * scale @ k.mT + bias).softmax(-1) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 
@@ -33,6 +37,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{dim} channels cannot be shared by {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attend = Attend(dropout)

@@ -230,11 +230,12 @@ def _check_images(splits: Splits, reporter: Reporter) -> None:
     if sum(len(s) for s in sets) > CHECKED_IMAGES:
         log.info("More than %d images: they are not checked beforehand.", CHECKED_IMAGES)
         return
-    broken = [reason for images in sets for _, reason in images.check(reporter.advance)]
+    broken = [f"{s.describe(i)}: {reason}" for s in sets for i, reason in s.check(reporter.advance)]
     if broken:
         more = f"\n  and {len(broken) - NAMED_FILES} more" if len(broken) > NAMED_FILES else ""
         listed = "\n  ".join(broken[:NAMED_FILES])
-        raise DataError(f"{len(broken)} images cannot be read; repair or remove them:\n  {listed}{more}")
+        count = "an image" if len(broken) == 1 else f"{len(broken)} images"
+        raise DataError(f"{count} cannot be read:\n  {listed}{more}")
 
 
 def _settle(
