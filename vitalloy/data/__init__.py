@@ -1,4 +1,3 @@
-import vitalloy._torchvision  # noqa: F401  must run before torchvision is imported
 from vitalloy.data.image_set import ImageSet
 from vitalloy.data.images import IMAGE_SUFFIXES, read_image
 from vitalloy.data.loading import SeededImages, SeededSampler, make_loader

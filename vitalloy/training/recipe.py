@@ -59,7 +59,7 @@ class Recipe(BaseModel):
         "Data", "auto", "processes that read and augment; 0 is this one"
     )
 
-    model: str = _f("Model", "auto", "a name from `vitalloy list`; auto fits the image size")
+    model: str = _f("Model", "auto", "a name from `vitalloy models`; auto fits the image size")
     img_size: Size | Auto = _f("Model", "auto", "pixels a side, or [height, width]")
     in_chans: Count = _f("Model", 3, "channels of the image: 3 colour, 1 grey")
     weights: str | None = _f("Model", None, "a checkpoint to start from (fine-tuning)")

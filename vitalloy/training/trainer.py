@@ -288,7 +288,8 @@ def _failures(checkpoints: Path) -> Iterator[None]:
             f"grad_checkpointing = true, or a smaller img_size. {go_on()}"
         ) from error
     except OSError as error:
-        where = error.filename or os.fspath(checkpoints)
+        named = error.filename if isinstance(error.filename, str | bytes) else checkpoints
+        where = os.fsdecode(named)
         raise TrainingError(f"Training stopped: {error.strerror or error} ({where}). {go_on()}") from error
     finally:
         with contextlib.suppress(ValueError):  # only the main thread may; Lightning leaves the signal ignored
