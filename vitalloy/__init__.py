@@ -27,6 +27,7 @@ _HOME = {
     "fit": "runs",
     "evaluate": "runs",
     "predict": "runs",
+    "transform_of": "runs",
     "export": "runs",
     "systems": "catalog",
     "VitalloyError": "errors",

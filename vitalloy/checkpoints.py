@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import logging
 import os
 import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from vitalloy.errors import CheckpointError, ModelError
@@ -68,16 +70,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pytorch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts store their arguments; harmless
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
+        if "Weights only load failed" in str(error) and "Unsupported operand" not in str(error):
             raise CheckpointError(
                 f"{path}: refused, because reading it would run code from the file ({_culprit(error)}). "
                 "Ask for a safetensors file, or save its state_dict alone."
             ) from error
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({_culprit(error)}).") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({_culprit(error)}).") from error
+    except Exception as error:  # on damaged bytes the reader fails in every way there is
+        raise CheckpointError(f"{path}: truncated, damaged or no checkpoint ({_culprit(error)}).") from error
 
 
 def _culprit(error: Exception) -> str:
@@ -89,13 +92,13 @@ def _culprit(error: Exception) -> str:
 
 def unwrap(content: Any, *, averaged: bool = False) -> dict[str, Tensor]:
     """The state dict inside the usual wrappers (`model`, `state_dict`, `ema`, `module.` ...), or an empty dict."""
-    while isinstance(content, Mapping) and not _is_state(content):
-        order = (*_AVERAGED, *_WRAPPERS) if averaged else (*_WRAPPERS, *_AVERAGED)
+    order = (*_AVERAGED, *_WRAPPERS) if averaged else (*_WRAPPERS, *_AVERAGED)
+    while isinstance(content, Mapping):
         inside = next((content[k] for k in order if isinstance(content.get(k), Mapping)), None)
         if inside is None:
-            return {}
+            break
         content = inside
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or not all(isinstance(k, str) for k in content):
         return {}
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     while state:
@@ -104,10 +107,6 @@ def unwrap(content: Any, *, averaged: bool = False) -> dict[str, Tensor]:
             break
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
-
-
-def _is_state(content: Mapping) -> bool:
-    return any(isinstance(v, Tensor) for v in content.values()) and all(isinstance(k, str) for k in content)
 
 
 def load_checkpoint(
@@ -129,6 +128,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file cannot be read safely, or does not fit the model; every name is listed.
     """
+    if isinstance(model, FeatureGetterNet):
+        model = model.model  # what features_only=True wraps
     state = unwrap(source, averaged=averaged) if isinstance(source, Mapping) else read_state(source, averaged=averaged)
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     if hasattr(model, "convert_state"):
@@ -188,29 +189,37 @@ def save(model: nn.Module, folder: str | Path, about: Mapping[str, Any] | None =
     if not hasattr(model, "build_args"):
         raise ModelError("only models from vitalloy.create_model can be saved as a bundle: this one has no build_args.")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     weights, text = folder / BUNDLE_WEIGHTS, folder / BUNDLE_ABOUT
     config = {k: model.default_cfg.get(k) for k in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    config |= {"size": list(model.default_cfg["input_size"][-2:]), "small": False}
     record = {"format": "vitalloy bundle 1", "model": model.build_args, "preprocessing": config, **(about or {})}
-    _replace(weights, safetensors.torch.save(state, metadata={"format": "pt"}))
-    _replace(text, json.dumps(record, indent=1, ensure_ascii=False).encode())
+    try:
+        described = json.dumps(record, indent=1, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{text}: the model's arguments and `about` must be plain values ({error}).") from error
+    _replace({weights: safetensors.torch.save(state, metadata={"format": "pt"}), text: described})
     return folder
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
+def _replace(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: all are complete on the disk before the first takes its name."""
+    parts = {path: path.with_name(path.name + ".part") for path in files}
     try:
-        with part.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, path)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with parts[path].open("wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+        for path, part in parts.items():
+            os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink()
         raise CheckpointError(
-            f"{path}: could not be written ({error.strerror}); the file before it is unharmed."
+            f"{path}: could not be written ({error.strerror}); what was there before is unharmed."
         ) from error
 
 
@@ -235,10 +244,11 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
     try:
         about = json.loads(text.read_text(encoding="utf-8"))
         args = dict(about["model"])
+        name = args.pop("name")
         args["img_size"] = tuple(args["img_size"]) if args.get("img_size") else None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{text}: not a Vitalloy bundle ({error!r}).") from error
-    model = create_model(args.pop("name"), **args)
+    model = create_model(name, **args)
     load_checkpoint(model, folder / BUNDLE_WEIGHTS)
     model.default_cfg.update({k: v for k, v in about.get("preprocessing", {}).items() if v is not None})
     model.about, model.classes = about, about.get("classes")
@@ -248,7 +258,7 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
 def publish(folder: str | Path, repo: str, *, private: bool = False) -> str:
     """Upload a bundle to the Hugging Face Hub as `owner/name`; returns its address. Needs a login (`hf auth login`)."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not (Path(folder) / BUNDLE_ABOUT).is_file():
         raise CheckpointError(f"{folder}: no {BUNDLE_ABOUT} here, so there is no bundle to publish.")
@@ -257,15 +267,15 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> str:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files))
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"{repo}: could not be published ({error}).") from error
 
 
 def _fetch(repo: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(repo, allow_patterns=[BUNDLE_WEIGHTS, BUNDLE_ABOUT]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:  # a missing local copy is an OSError
         raise CheckpointError(f"{repo}: could not be fetched from the hub ({error}).") from error

@@ -48,6 +48,8 @@ class Entry:
 
 
 _ENTRIES: dict[str, Entry] = {}
+# what constructors raise on values that they cannot use, and timm when pre-trained weights cannot be fetched
+_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def register(cls: type[nn.Module], variants: dict[str, Variant], **cfg: Any) -> None:
@@ -106,15 +108,18 @@ def create_model(
     """
     _load_backbones()
     args: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **kwargs}
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     try:
+        size = None if img_size is None else _height_width(img_size)
+        if in_chans < 1:
+            raise ValueError("in_chans must be 1 or more")
         if name in _ENTRIES:
             model = _build(_ENTRIES[name], pretrained, img_size=size, **args)
         else:
             default_cfg(name)  # an unknown name is an error
             model = _build_timm(name, pretrained, size, args)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ModelError(f"{name} cannot be built with {args}: {error}") from error
+    except _REFUSALS as error:
+        reason = str(error) if not isinstance(error, LookupError) else f"{type(error).__name__}: {error}"
+        raise ModelError(f"{name} cannot be built with {dict(args, img_size=img_size)}: {reason}") from error
     model.build_args = {"name": name, "img_size": size, **args}
     return model
 
@@ -143,13 +148,20 @@ def default_cfg(name: str) -> dict[str, Any]:
         return dict(_ENTRIES[name].cfg)
     found = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
     if found is None:
-        hint = suggest(name, [*_ENTRIES, *timm.list_models()])
+        hint = suggest(name, list_models(timm_models=True))
         raise ModelError(f"no model is called {name!r}.{hint} `vitalloy models` lists them.")
     return found.to_dict()
 
 
 def _load_backbones() -> None:
     importlib.import_module("vitalloy.backbones")
+
+
+def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError("img_size must be a positive number or (height, width)")
+    return pair
 
 
 def _build(entry: Entry, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -162,8 +174,8 @@ def _build(entry: Entry, pretrained: bool, **kwargs: Any) -> nn.Module:
     elif "img_size" not in arch:
         arch["img_size"] = entry.cfg["input_size"][-2:]
     cfg = dict(entry.cfg)
-    if size is not None:
-        cfg["input_size"] = (cfg["input_size"][0], *((size, size) if isinstance(size, int) else size))
+    side = cfg["input_size"][-2:] if size is None else _height_width(size)
+    cfg["input_size"] = (kwargs.get("in_chans", 3), *side)
     if pretrained:
         raise ModelError(
             f"{entry.name} has no weights on the hub; get the authors' file and load it with load_checkpoint."

@@ -141,7 +141,9 @@ def test_misuse_is_named_and_leaves_the_old_file(net, tmp_path):
 
 def test_every_calibration_image_counts(tmp_path):
     """Ranges come from all batches: the one bright batch is the first of many dark ones."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 5)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 5)
+    ).eval()
     dark = [0.01 * pictures(1, seed) for seed in range(31)]
     bright = 4 * pictures(4, 99)
     export = export_onnx(model, bright[:2], tmp_path / "m.onnx")

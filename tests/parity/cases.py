@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import vitalloy
-from vitalloy.backbones import cvt
+from vitalloy.backbones import convit, cvt
 from vitalloy.layers.positions import resample_positions
 from vitalloy.training.objectives.distillation.deit import DistillationLoss
 
@@ -98,6 +98,48 @@ def cvt_block(record: dict) -> Outputs:
     return {"out.out": block(golden.inputs_of(record)["tokens"], (7, 9)), **seen}
 
 
+def convit_tiny(record: dict) -> Outputs:
+    maps: Outputs = {}
+
+    def watch(model: nn.Module) -> None:
+        attention = model.blocks[0].attn
+        attention.register_forward_pre_hook(
+            lambda m, args: maps.__setitem__("out.blocks.0.attention_map", m.attention_map(*args))
+        )
+
+    return {**Model("convit_tiny", prepare=watch)(record), **maps}
+
+
+def convit_gpsa(record: dict) -> Outputs:
+    attention = convit.GatedPositionalAttention(72, 9, qkv_bias=True).double().eval()
+    vitalloy.load_checkpoint(attention, golden.state_of(record))
+    tokens, grid = golden.inputs_of(record)["tokens"], (6, 6)
+    full = attention.attention_map(tokens, grid)
+    distance = convit.mean_distance(full, grid)
+    return {"out.out": attention(tokens, grid), "out.attention": full, "out.nonlocality": distance}
+
+
+def convit_local_init(record: dict) -> Outputs:
+    out: Outputs = {}
+    for dim, heads, strength in ((16, 4, 1.0), (18, 9, 0.5), (24, 12, 1.0)):
+        attention = convit.GatedPositionalAttention(dim, heads)
+        attention.init_local(strength)
+        case, rows = f"dim{dim}_heads{heads}_strength{strength}", int(heads**0.5) ** 2
+        out[f"{case}.pos_proj_weight_rows_set"] = attention.pos_proj.weight[:rows]
+        out[f"{case}.v_weight"] = attention.v.weight
+    return out
+
+
+def pyramid_features(name: str) -> Callable[[dict], Outputs]:
+    def run(record: dict) -> Outputs:
+        model = vitalloy.create_model(name, features_only=True).double().eval()
+        vitalloy.load_checkpoint(model, golden.state_of(record))
+        assert sum(p.numel() for p in model.parameters()) == record["params"]
+        return {f"out.stage{i + 1}": m for i, m in enumerate(model(*golden.inputs_of(record).values()))}
+
+    return run
+
+
 CVT_SMALL = {
     "embed_dims": (32, 48, 64),
     "num_heads": (1, 2, 4),
@@ -130,6 +172,15 @@ CASES: dict[str, Callable[[dict], Outputs]] = {
     "convnext_swin_baselines/swin_tiny_w4_96": Model(
         "swin_tiny_patch4_window7_224", {"img_size": 96, "window_size": 4, "num_classes": 10}, result="out.out"
     ),
+    "convit/tiny_224": convit_tiny,
+    "convit/gpsa_module": convit_gpsa,
+    "convit/local_init": convit_local_init,
+    "pvt/pvt_tiny_224": Model("pvt_tiny"),
+    "pvt/pvt_tiny_cls_192x160": Model("pvt_tiny"),
+    "pvt/pvt_tiny_features_256x320": pyramid_features("pvt_tiny"),
+    "pvt/pvt_v2_b0_224": Model("pvt_v2_b0"),
+    "pvt/pvt_v2_linear_small_224": Model("pvt_v2_b0", {"linear": True, "depths": (1, 1, 2, 1)}),
+    "pvt/pvt_v2_b0_features_200x264": pyramid_features("pvt_v2_b0"),
     "cvt/cvt13_224": Model("cvt_13"),
     "cvt/avg_nocls_small": Model("cvt_13", CVT_SMALL),
     "cvt/block_clstoken": cvt_block,

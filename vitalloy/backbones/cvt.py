@@ -18,7 +18,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from vitalloy.layers.activations import ACTIVATIONS
-from vitalloy.layers.attention import Attend, merge_heads, split_heads
+from vitalloy.layers.attention import Attend, fitting_heads, merge_heads, split_heads
 from vitalloy.layers.backbone import Backbone, Level, drop_path_rates, init_weights
 from vitalloy.layers.mlp import Mlp
 from vitalloy.layers.tokens import to_map, to_tokens
@@ -79,7 +79,7 @@ class ConvAttention(nn.Module):
         class_token: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads, self.class_token, self.scale = num_heads, class_token, dim**-0.5
+        self.num_heads, self.class_token, self.scale = fitting_heads(dim, num_heads), class_token, dim**-0.5
         if projection not in ("conv", "avg", "linear"):
             raise ValueError(f"projection={projection!r} is not one of 'conv', 'avg', 'linear'")
         conv, pool = projection == "conv", projection == "avg"
@@ -256,7 +256,8 @@ class CvT(Backbone):
             x, token = getattr(self, f"stage{i}")(x, self.run)
             if i in take:
                 last = norm and i == len(self.feature_info) - 1
-                levels.append(Level(to_map(self.norm(to_tokens(x)), x.shape[-2:]) if last else x, token))
+                first = self.norm(token) if last and token is not None else token
+                levels.append(Level(to_map(self.norm(to_tokens(x)), x.shape[-2:]) if last else x, first))
         return (x, token), levels
 
     def forward_final(self, state: tuple[Tensor, Tensor | None]) -> Tensor:

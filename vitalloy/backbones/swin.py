@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from vitalloy.layers.attention import Attend, merge_heads
+from vitalloy.layers.attention import Attend, fitting_heads, merge_heads
 from vitalloy.layers.backbone import Backbone, Level, drop_path_rates, init_weights
 from vitalloy.layers.mlp import Mlp
 from vitalloy.layers.windows import Cut, Pair, Windows, resample_relative
@@ -66,7 +66,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, window: Pair, qkv_bias: bool, dropout: float) -> None:
         super().__init__()
-        self.num_heads, self.window = num_heads, window
+        self.num_heads, self.window = fitting_heads(dim, num_heads), window
         rows = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.relative_position_bias_table = nn.Parameter(trunc_normal_(torch.empty(rows, num_heads), std=0.02))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

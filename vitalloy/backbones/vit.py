@@ -91,6 +91,8 @@ class VisionTransformer(Backbone):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid = (height // patch_size, width // patch_size)
+        if not all(self.grid):
+            raise ValueError(f"img_size={img_size} is smaller than one patch of {patch_size}")
         self.patch_size, self.distilled, self.distilled_training = patch_size, distilled, False
         self.num_features = self.embed_dim = embed_dim
         self.num_prefix_tokens = 2 if distilled else 1

@@ -149,7 +149,7 @@ def _label_column(address: str, features: Any, datasets: Any, asked: str | None,
             return name
     raise DataError(
         f"hf:{address}: which column holds the class cannot be told; its columns are {', '.join(features)}. "
-        "Name it with label_column."
+        "Name it: --set label_column=NAME."
     )
 
 

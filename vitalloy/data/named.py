@@ -90,7 +90,7 @@ def _open(name: str, arguments: dict[str, Any], download: bool) -> Any:
         if not download:
             raise DataError(
                 f"torchvision data set {name}: it is not in {root}, or damaged there ({_line(error)}). "
-                "Allow the download, or set VITALLOY_DATA to the folder that holds it."
+                "Add --download (download=True) to fetch it, or set VITALLOY_DATA to the folder that holds it."
             ) from error
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,11 @@ def _read(spec: str | os.PathLike[str], *, download: bool, label_column: str | N
 
 
 def _unknown(text: str, folder: Path) -> str:
-    beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    beside = (
+        [p.name for p in folder.parent.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        if folder.parent.is_dir()
+        else []
+    )
     if os.sep in text or "/" in text or text.startswith(("~", ".")):
         missing = f" (nor does {folder.parent})" if not folder.parent.exists() else ""
         return f"The folder {text} does not exist{missing}.{suggest(folder.name, beside)} Check the path."

@@ -6,6 +6,10 @@ arXiv 1610.02391; "SmoothGrad: removing noise by adding noise", Smilkov et al., 
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +22,15 @@ def grad_cam(model: nn.Module, images: Tensor, target: Tensor) -> Tensor | None:
     """
     kept: dict[str, Tensor] = {}
     info = getattr(model, "feature_info", None)
-    rows = [row for row in (info if isinstance(info, list) else []) if row.get("module") in dict(model.named_modules())]
+    modules = dict(model.named_modules())
+    rows = {row["module"]: row for row in (info if isinstance(info, list) else []) if row.get("module") in modules}
+    if not rows:
+        return None
     hooks = [
-        model.get_submodule(row["module"]).register_forward_hook(
-            lambda _m, _i, out, name=row["module"]: kept.__setitem__(name, out if isinstance(out, Tensor) else out[0])
+        modules[name].register_forward_hook(
+            lambda _m, _i, out, name=name: kept.__setitem__(name, out if isinstance(out, Tensor) else out[0])
         )
-        for row in rows
+        for name in rows
     ]
     try:
         with torch.enable_grad():
@@ -35,11 +42,10 @@ def grad_cam(model: nn.Module, images: Tensor, target: Tensor) -> Tensor | None:
         for hook in hooks:
             hook.remove()
     for (name, x), grad in zip(reversed(kept.items()), reversed(grads), strict=True):
-        channels = next(row["num_chs"] for row in rows if row["module"] == name)
-        if grad is None or not grad.any():
+        if grad is None:
             continue
-        x, grad = _as_map(model, x.detach(), channels, images), _as_map(model, grad, channels, images)
-        if x is None or min(x.shape[-2:]) < 2:
+        x, grad = (_as_map(model, t, rows[name], images) for t in (x.detach(), grad))
+        if x is None or min(x.shape[-2:]) < 2 or not grad.any():
             continue
         weights = grad.mean((2, 3), keepdim=True)
         cam = (weights * x).sum(1).clamp_min(0)
@@ -47,18 +53,18 @@ def grad_cam(model: nn.Module, images: Tensor, target: Tensor) -> Tensor | None:
     return None
 
 
-def _as_map(model: nn.Module, x: Tensor, channels: int, images: Tensor) -> Tensor | None:
-    """Tokens or a channels-last map as (B, C, h, w)."""
+def _as_map(model: nn.Module, x: Tensor, row: dict[str, Any], images: Tensor) -> Tensor | None:
+    """Tokens, with or without prefix tokens, or a channels-last map as (B, C, h, w)."""
     if x.ndim == 4:
-        return x if x.shape[1] == channels else x.permute(0, 3, 1, 2)
+        return x if x.shape[1] == row["num_chs"] else x.permute(0, 3, 1, 2)
     if x.ndim != 3:
         return None
-    cells = x.shape[1] - getattr(model, "num_prefix_tokens", 0)
-    height, width = images.shape[-2:]
-    rows = round((cells * height / width) ** 0.5)
-    if not rows or cells % rows:
-        return None
-    return x[:, -cells:].transpose(1, 2).unflatten(2, (rows, cells // rows))
+    sides = [{side // row["reduction"], math.ceil(side / row["reduction"])} for side in images.shape[-2:]]
+    for prefix in (getattr(model, "num_prefix_tokens", 0), 0):  # the token may join in a later block
+        for grid in itertools.product(*sides):
+            if grid[0] * grid[1] == x.shape[1] - prefix:
+                return x[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    return None
 
 
 def smooth_gradient(model: nn.Module, images: Tensor, target: Tensor, samples: int = 8, noise: float = 0.1) -> Tensor:

@@ -7,12 +7,15 @@ classifier made of it, and is the same for every class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from vitalloy.errors import ModelError
-from vitalloy.layers.attention import Attend
+from vitalloy.layers.attention import Attend, SelfAttention
 from vitalloy.layers.sockets import find, swapped
+from vitalloy.layers.timm_border import SocketedAttention
 
 
 class RecordedAttend(Attend):
@@ -34,7 +37,17 @@ def supports_rollout(model: nn.Module) -> bool:
     info = getattr(model, "feature_info", None)
     blocks = len(info) if isinstance(info, list) else 0
     columnar = blocks > 0 and len({row["reduction"] for row in info}) == 1
-    return columnar and len(find(model, Attend)) == blocks
+    plain = find(model, (SelfAttention, SocketedAttention))
+    return columnar and len(find(model, Attend)) == len(plain) == blocks
+
+
+def roll(layers: Sequence[Tensor]) -> Tensor:
+    """Attention weights (B, N, N) of each layer, first layer first -> from each token to each input, rows of sum 1."""
+    one = torch.eye(layers[0].shape[-1], dtype=layers[0].dtype, device=layers[0].device)
+    flow = one
+    for weights in layers:
+        flow = (weights + one) / 2 @ flow
+    return flow
 
 
 @torch.no_grad()
@@ -49,12 +62,10 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
     with swapped(model, Attend, lambda _name, old: RecordedAttend(old.dropout)) as recorders:
         grid = model.forward_intermediates(images, indices=1, intermediates_only=True)[0].shape[-2:]
         layers = [recorder.weights for recorder in recorders.values()]
-    size = layers[0].shape[-1]
-    flow = torch.eye(size, dtype=layers[0].dtype, device=images.device)
-    for weights in layers:
-        flow = (weights + torch.eye(size, dtype=weights.dtype, device=weights.device)) / 2 @ flow
-    prefix = size - grid[0] * grid[1]
-    reach = flow[:, 0, prefix:] if prefix else flow.mean(1)  # from the class token, or from all tokens
+    flow = roll(layers)
+    prefix = flow.shape[-1] - grid[0] * grid[1]
+    by_token = prefix and getattr(model, "global_pool", "token") == "token"
+    reach = flow[:, 0, prefix:] if by_token else flow[:, prefix:, prefix:].mean(1)  # from what the classifier reads
     reach = reach.unflatten(1, tuple(grid))
     low, high = reach.amin((1, 2), keepdim=True), reach.amax((1, 2), keepdim=True)
     return (reach - low) / (high - low).clamp_min(1e-12)

@@ -37,9 +37,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{dim} channels cannot be shared by {num_heads} heads")
-        self.num_heads = num_heads
+        self.num_heads = fitting_heads(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attend = Attend(dropout)
         self.proj = nn.Linear(dim, dim)
@@ -49,6 +47,13 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, d)
         return self.proj(merge_heads(self.attend(q, k, v)))
+
+
+def fitting_heads(dim: int, num_heads: int) -> int:
+    """`num_heads`, if the channels can be shared by them; ValueError otherwise."""
+    if dim % num_heads:
+        raise ValueError(f"{dim} channels cannot be shared by {num_heads} heads")
+    return num_heads
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vitalloy.layers.streaming import may_stream, stream_mlp
+
 
 class Mlp(nn.Module):
-    """Linear, activation, linear.
+    """Linear, activation, linear; a piece of the tokens at a time where that is possible and pays.
 
     Args:
         dim: channels in and out.
@@ -23,4 +25,6 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        """x (..., dim) -> the same shape."""
+        parts = (self.fc1, self.act, self.fc2)
+        return stream_mlp(x, *parts) if may_stream(x, *parts) else self.fc2(self.act(self.fc1(x)))

@@ -18,17 +18,20 @@ def find(model: nn.Module, kind: Kind) -> dict[str, nn.Module]:
 def replace(model: nn.Module, kind: Kind, make: Callable[[str, nn.Module], nn.Module]) -> int:
     """Put `make(name, module)` in the place of every module of a kind; returns how many were replaced.
 
-    `make` may return the module it was given to leave that place alone. The model itself is never replaced.
+    `make` may return the module it was given to leave that place alone. The model itself is never replaced, nor what
+    lies inside a module that was. `make` sees a module with several names once, and all of them get its answer.
     """
-    places = find(model, kind)
-    count = 0
-    for name, old in places.items():
-        new = make(name, old)
-        if name and new is not old:
-            new.train(old.training)
-            model.set_submodule(name, new)
-            count += 1
-    return count
+    made: dict[nn.Module, nn.Module] = {}
+    done: list[str] = []
+    for name, old in find(model, kind).items():
+        if not name or any(name.startswith(f"{above}.") for above in done):
+            continue
+        if old not in made:  # a module under several names stays one module
+            made[old] = make(name, old)
+        if made[old] is not old:
+            model.set_submodule(name, made[old].train(old.training))
+            done.append(name)
+    return sum(new is not old for old, new in made.items())
 
 
 @contextmanager
@@ -39,7 +42,8 @@ def swapped(
     originals = find(model, kind)
     try:
         replace(model, kind, make)
-        yield {name: model.get_submodule(name) for name in originals if name}
+        now = dict(model.named_modules(remove_duplicate=False))
+        yield {name: now[name] for name in originals if name and name in now}
     finally:
         for name, module in originals.items():
             if name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitalloy.layers.attention import Attend, merge_heads, split_heads
+from vitalloy.layers.attention import Attend, fitting_heads, merge_heads, split_heads
 from vitalloy.layers.tokens import to_map, to_tokens
 
 
@@ -33,7 +33,7 @@ class SpatialReductionAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = fitting_heads(dim, num_heads)
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.attend = Attend(dropout)

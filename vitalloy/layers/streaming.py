@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from vitalloy.layers.activations import QuickGELU
 from vitalloy.layers.tokens import to_map, to_tokens
 
-WORTHWHILE = 1 << 20  # elements of the wide map from which pieces were measured to be faster
-ROWS = 512  # tokens in a piece
+WORTHWHILE = 1 << 22  # elements of the wide map from which pieces were measured to be faster
+ROWS = 1024  # tokens in a piece
+GROUP = 1 << 20  # elements of a piece that holds whole images
 
-_PLAIN = (nn.Linear, nn.Conv2d, nn.GELU)
+_PLAIN = (nn.Linear, nn.Conv2d, nn.GELU, QuickGELU)
 
 
 def may_stream(x: Tensor, fc1: nn.Module, *others: nn.Module) -> bool:
-    """Whether tokens (B, N, C) may pass through these modules in pieces, unseen, and gain by it."""
+    """Whether tokens (..., C) may pass through these modules in pieces, unseen, and gain by it."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
@@ -31,21 +33,20 @@ def may_stream(x: Tensor, fc1: nn.Module, *others: nn.Module) -> bool:
         and not nn_module._has_any_global_hook()
         and all(type(m) in _PLAIN and not m._forward_hooks and not m._forward_pre_hooks for m in (fc1, *others))
         and all(getattr(m, "bias", x) is not None for m in (fc1, *others))
-        and x.shape[0] * x.shape[1] * fc1.out_features > WORTHWHILE
+        and x.numel() // x.shape[-1] * fc1.out_features > WORTHWHILE
     )
 
 
-def stream_mlp(x: Tensor, fc1: nn.Linear, act: nn.GELU, fc2: nn.Linear) -> Tensor:
-    """fc2(act(fc1(x))) for x (B, N, C)."""
-    rows = x.flatten(0, 1)
+def stream_mlp(x: Tensor, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear) -> Tensor:
+    """fc2(act(fc1(x))) for x (..., C)."""
+    rows = x.flatten(0, -2)
     out = rows.new_empty(len(rows), fc2.out_features)
     buffer = rows.new_empty(min(ROWS, len(rows)), fc1.out_features)
     for piece, result in zip(rows.split(ROWS), out.split(ROWS), strict=True):
         wide = buffer[: len(piece)]
         torch.addmm(fc1.bias, piece, fc1.weight.t(), out=wide)
-        torch.ops.aten.gelu_(wide, approximate=act.approximate)
-        torch.addmm(fc2.bias, wide, fc2.weight.t(), out=result)
-    return out.unflatten(0, x.shape[:2])
+        torch.addmm(fc2.bias, act(wide), fc2.weight.t(), out=result)
+    return out.unflatten(0, x.shape[:-1])
 
 
 def stream_conv_mlp(
@@ -53,7 +54,7 @@ def stream_conv_mlp(
 ) -> Tensor:
     """fc2(act(conv(fc1(x)))) for tokens x (B, N, C), the convolution on their grid; whole images at a time."""
     images, count, _ = x.shape
-    group = min(images, max(1, WORTHWHILE // (count * fc1.out_features)))
+    group = min(images, max(1, GROUP // (count * fc1.out_features)))
     out = x.new_empty(images, count, fc2.out_features)
     buffer = x.new_empty(group, count, fc1.out_features)
     for piece, result in zip(x.split(group), out.split(group), strict=True):

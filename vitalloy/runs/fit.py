@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -24,9 +25,10 @@ from vitalloy.checkpoints import load, load_checkpoint, save
 from vitalloy.data import ImageSet, Splits, load_data
 from vitalloy.data.loading import seeded
 from vitalloy.data.transforms import SMALL
-from vitalloy.errors import DataError, ModelError, RecipeError
+from vitalloy.errors import DataError, ModelError, RecipeError, RunError, VitalloyError
 from vitalloy.registry import create_model, default_cfg
 from vitalloy.report import write_report
+from vitalloy.robustness import Corrupt
 from vitalloy.runs import stages
 from vitalloy.runs.budget import Budget, choose_model
 from vitalloy.runs.folder import Reporter, RunFolder, Silent
@@ -37,6 +39,7 @@ from vitalloy.training.trainer import train, transforms
 log = logging.getLogger("vitalloy")
 CHECKED_IMAGES = 20_000  # larger sets are not read through before training
 NAMED_FILES = 5
+_SHARED = "VITALLOY_RUN_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def _run(
 ) -> Run:
     started, resumed = time.monotonic(), folder is not None
     first = _rank() == 0
+    reporter = reporter if first else Silent()
+    _check_recipe(recipe)
     reporter.stage(f"Reading {recipe.data}")
     splits = load_data(
         recipe.data,
@@ -119,14 +124,15 @@ def _run(
         f"{len(splits.test)} test images of about {splits.native_size[1]}x{splits.native_size[0]} pixels"
     )
     recipe, chosen = _settle(recipe, splits, folder, reporter)
-    model = _build(recipe, len(splits.classes))
-    if folder is None and first:
-        folder = RunFolder.create(runs, name, recipe.data, recipe.model, overwrite)
-        folder.write(folder.recipe, recipe.to_toml())
-    elif folder is None:  # another process of the same run
-        folder = RunFolder(runs / (name or ""))
+    model, teacher = _build(recipe, len(splits.classes)), _teacher(recipe)
+    folder = folder or _make_folder(recipe, name, runs, overwrite, first)
     reporter.stage(f"Training {recipe.model} for up to {recipe.epochs} epochs")
-    result = train(model, splits, recipe, folder.path, resume=resumed, teacher=_teacher(recipe))
+    try:
+        result = train(model, splits, recipe, folder.path, resume=resumed, teacher=teacher)
+    except VitalloyError:
+        if first and not resumed and not any(folder.path.glob("checkpoints/*")):
+            shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: the next try shall not trip over it
+        raise
     if not first:
         sys.exit(0)
     reporter.result(f"best validation accuracy {result.best_top1:.2%} in epoch {result.best_epoch + 1}")
@@ -175,6 +181,7 @@ def _assess(
         "temperature": 1.0,
         "data": splits.name,
     }
+    save(model, folder.path, model.about)
     reporter.stage("Testing")
     model.to(device).eval()
     temperature = 1.0
@@ -202,7 +209,7 @@ def _assess(
         "size_bytes": (folder.path / "model.safetensors").stat().st_size,
         "img_size": list(size),
         "in_chans": recipe.in_chans,
-        "weights": recipe.weights,
+        "weights": recipe.weights or ("timm" if recipe.pretrained else None),
         "probe": recipe.probe,
     }
     onnx = int8 = None
@@ -222,6 +229,28 @@ def _assess(
         metrics["explanation"] = stages.explain_some(model, test, logits, splits.classes, recipe.explain_images, folder)
     if metrics["budget"]:
         metrics["budget"]["met"] = Budget.parse(recipe.budget).met(metrics["runtimes"])
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """What would fail only after hours of training fails here."""
+    for name in recipe.corruptions:
+        Corrupt(name, recipe.corruption_severity)
+    if recipe.budget:
+        Budget.parse(recipe.budget)
+        if os.environ.get("WORLD_SIZE", "1") != "1" or (isinstance(recipe.devices, int) and recipe.devices > 1):
+            raise RecipeError("a budget is measured by one process: run once on one device, then name the model it chose.")
+
+
+def _make_folder(recipe: Recipe, name: str | None, runs: Path, overwrite: bool, first: bool) -> RunFolder:
+    """The folder of a new run; the other processes of a run find the one that the first has made."""
+    if first:
+        if name is None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise RunError("several processes share a run by its name: give one with --name.")
+        folder = RunFolder.create(runs, name, recipe.data, recipe.model, overwrite)
+        folder.write(folder.recipe, recipe.to_toml())
+        os.environ[_SHARED] = str(folder.path)  # for processes that Lightning starts from this one
+        return folder
+    return RunFolder(Path(os.environ[_SHARED]) if _SHARED in os.environ else runs / (name or ""))
 
 
 def _check_images(splits: Splits, reporter: Reporter) -> None:

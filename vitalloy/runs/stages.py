@@ -33,7 +33,7 @@ SHOWN_PIXELS = 160  # shorter side of a picture in the report
 
 
 def transform_of(model: nn.Module) -> Callable[..., Tensor]:
-    """The evaluation transform that a bundle asks for: PIL image -> (C, H, W).
+    """The evaluation transform of a model from `vitalloy.load`: PIL RGB image -> normalised (C, H, W).
 
     Raises:
         CheckpointError: the bundle does not say how its images were prepared.

@@ -61,7 +61,7 @@ def this_machine(accelerator: str = "auto") -> Machine:
         mps = torch.backends.mps.is_available()
         accelerator = "gpu" if torch.cuda.is_available() else "mps" if mps else "cpu"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    world = int(os.environ.get("WORLD_SIZE", local))
+    world = int(os.environ.get("WORLD_SIZE", local)) if "LOCAL_WORLD_SIZE" in os.environ else local
     bf16 = accelerator == "gpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
     return Machine(accelerator, bf16, max(1, torch.get_num_threads()), local, max(1, world // local))
 

@@ -154,7 +154,7 @@ class Classifier(pl.LightningModule):
         }
         if not math.isfinite(row["val_loss"]):
             raise TrainingError(
-                f"The validation loss is {row['val_loss']} after epoch {self.current_epoch} (learning rate "
+                f"The validation loss is {row['val_loss']} after epoch {self.current_epoch + 1} (learning rate "
                 f"{row['lr']:.3g}). {self._mend()}"
             )
         self.history = [r for r in self.history if r["epoch"] < self.current_epoch] + [row]
@@ -221,7 +221,7 @@ class Classifier(pl.LightningModule):
         names = [self.describe(int(i)) for i in indices[bad][:NAMED]]
         more = int(bad.sum()) - len(names)
         return (
-            f"The loss is {loss} in epoch {self.current_epoch}, step {self.global_step}, "
+            f"The loss is {loss} in epoch {self.current_epoch + 1}, step {self.global_step}, "
             f"at learning rate {self._rate():.3g}. {where}: {', '.join(names)}"
             f"{f' and {more} more' if more else ''}. {self._mend()}"
         )

@@ -118,7 +118,7 @@ class Recipe(BaseModel):
         "smallest and largest share that a training crop keeps; images up to 64 px are shifted instead",
     )
 
-    teacher: str | None = _f("Distillation", None, "a run folder, or a model name with weights, to learn from")
+    teacher: str | None = _f("Distillation", None, "the run folder of a model to learn from")
     distillation: Literal["none", "hard", "soft"] = _f(
         "Distillation", "none", "learn the teacher's choice or its probabilities"
     )

@@ -111,7 +111,7 @@ def train(
     module = Classifier(trained, recipe, len(splits.classes), splits.train.describe, teacher)
     start = _resume_point(checkpoints, recipe, module) if resume else None
     if resume and (module.stopped_early or len(module.history) >= recipe.epochs):
-        log.info("The run had ended after epoch %d; nothing is left to train.", len(module.history) - 1)
+        log.info("The run had ended after epoch %d; nothing is left to train.", len(module.history))
         return _finish(model, module, checkpoints)
     with _quiet(), _numbers(recipe), _failures(checkpoints):
         trainer = _make_trainer(recipe, folder, progress, callbacks)
@@ -227,7 +227,7 @@ class _Lines(Callback):
                 self.level,
                 "epoch %(epoch)d: train loss %(train_loss).3f, val loss %(val_loss).3f, val top-1 %(val_top1).4f "
                 "(%(seconds).1f s)",
-                module.history[-1],
+                {**module.history[-1], "epoch": len(module.history)},
             )
 
 
