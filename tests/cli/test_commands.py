@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy():
         (["fit", "--set", "epochs=many"], "epochs"),
         (["fit", "--model", "cvt_14"], "'cvt_13'"),
         (["fit", "--resume", "nowhere"], "no such run folder"),
-        (["predict", "nowhere", "x.png"], "x.png"),
+        (["predict", "nowhere", "x.png"], "nowhere: there is no such run folder"),
         (["models", "zzz*"], "no model matches"),
         (["systems", "cvtt"], "'cvt'"),
         (["fit", "--recipe", "none.toml"], "none.toml"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import vitalloy
 from vitalloy.backbones import convit, cvt
+from vitalloy.heads import RetinaNet, SemanticFPN, boxes
 from vitalloy.layers.positions import resample_positions
 from vitalloy.training.objectives.distillation.deit import DistillationLoss
 
@@ -140,6 +141,42 @@ def pyramid_features(name: str) -> Callable[[dict], Outputs]:
     return run
 
 
+def whole(model: nn.Module, record: dict, paths: dict[str, str]) -> tuple[Any, Outputs]:
+    """Load a whole dense model, run it, and read the outputs of its parts."""
+    model = model.double().eval()
+    vitalloy.load_checkpoint(model, golden.state_of(record))
+    assert sum(p.numel() for p in model.parameters()) == record["params"]
+    seen: Outputs = {}
+    for wanted, path in paths.items():
+        listen(model, wanted, path, seen)
+    return model(golden.inputs_of(record)["image"]), seen
+
+
+def semantic_fpn(record: dict) -> Outputs:
+    paths = {f"out.neck.{i}": f"neck.{i}" for i in range(4)} | {"out.logits_stride4": "decode_head"}
+    logits, seen = whole(SemanticFPN("pvt_tiny", num_classes=150), record, paths)
+    return {**seen, "out.logits_full": logits}
+
+
+def retinanet(record: dict) -> Outputs:
+    paths = {f"out.neck.{i}": f"neck.{i}" for i in range(5)}
+    levels, seen = whole(RetinaNet("pvt_tiny", num_classes=80), record, paths)
+    return {**seen, **golden.flatten({"cls": levels.classes, "reg": levels.boxes})}
+
+
+def retinanet_anchors(record: dict) -> Outputs:
+    base = boxes.base_anchors(8)
+    anchors = boxes.grid_anchors(base, 8, (4, 5))
+    first, noise = anchors[:40], golden.make_input((40, 4), "uniform", seed=13, low=-3, high=3)
+    return {
+        "base_anchors_stride8": base,
+        "anchors_level0_4x5": anchors,
+        "anchors_level1_2x3": boxes.grid_anchors(boxes.base_anchors(16), 16, (2, 3)),
+        "decoded": boxes.decode(first, 0.3 * golden.make_input((40, 4), seed=12), (32, 40)),
+        "encoded": boxes.encode(first.float(), (first + noise).float()),  # mmdetection encodes in float32
+    }
+
+
 CVT_SMALL = {
     "embed_dims": (32, 48, 64),
     "num_heads": (1, 2, 4),
@@ -181,6 +218,9 @@ CASES: dict[str, Callable[[dict], Outputs]] = {
     "pvt/pvt_v2_b0_224": Model("pvt_v2_b0"),
     "pvt/pvt_v2_linear_small_224": Model("pvt_v2_b0", {"linear": True, "depths": (1, 1, 2, 1)}),
     "pvt/pvt_v2_b0_features_200x264": pyramid_features("pvt_v2_b0"),
+    "pvt/semantic_fpn_pvt_tiny_128x160": semantic_fpn,
+    "pvt/retinanet_pvt_tiny_128x160": retinanet,
+    "pvt/retinanet_anchors": retinanet_anchors,
     "cvt/cvt13_224": Model("cvt_13"),
     "cvt/avg_nocls_small": Model("cvt_13", CVT_SMALL),
     "cvt/block_clstoken": cvt_block,

@@ -102,7 +102,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_images(tmp_path):
     with pytest.raises(TrainingError) as caught:
         train(model, splits, recipe(splits, ema=False), tmp_path, progress=False)
     text = str(caught.value)
-    assert "loss is nan in epoch 1, step 7" in text and "learning rate" in text
+    assert "loss is nan in epoch 2, step 7" in text and "learning rate" in text
     assert sum(name in text for name in small_run.whole(splits.train)) >= 8 and "24 more" in text
     kept = read_checkpoint(tmp_path / "checkpoints/last.ckpt")
     assert [r["epoch"] for r in kept["history"]] == [0]
