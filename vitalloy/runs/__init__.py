@@ -1,20 +1,32 @@
-"""The run folder and the pipelines that fill and use it: what `vitalloy.fit` and the command call."""
+"""The run folder and the pipelines that fill and use it: what `vitalloy.fit` and the command call.
 
-from vitalloy.runs.apply import FORMATS, Prediction, evaluate, export, predict
-from vitalloy.runs.fit import Run, fit, resume
-from vitalloy.runs.folder import Reporter, RunFolder
-from vitalloy.runs.stages import transform_of
+Imported when first used: predicting needs nothing of what training does.
+"""
 
-__all__ = [
-    "FORMATS",
-    "Prediction",
-    "Reporter",
-    "Run",
-    "RunFolder",
-    "evaluate",
-    "export",
-    "fit",
-    "predict",
-    "resume",
-    "transform_of",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "FORMATS": "apply",
+    "Prediction": "apply",
+    "evaluate": "apply",
+    "export": "apply",
+    "predict": "apply",
+    "Run": "fitting",
+    "fit": "fitting",
+    "resume": "fitting",
+    "Reporter": "folder",
+    "RunFolder": "folder",
+    "transform_of": "stages",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vitalloy.runs' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"vitalloy.runs.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -3,6 +3,8 @@
 Temperature scaling and the expected calibration error follow "On Calibration of Modern Neural Networks" (Guo,
 Pleiss, Sun, Weinberger, ICML 2017, arXiv 1706.04599); the interval of an accuracy is Wilson's score interval, which
 stays inside 0..1 and is sound for small test sets.
+
+SciPy and scikit-learn are imported where they are used: they take seconds, and predicting needs neither.
 """
 
 from __future__ import annotations
@@ -11,16 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
-from scipy.stats import norm
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 TEMPERATURES = (0.05, 20.0)  # the search stays inside: a validation set without a mistake has no finite optimum
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The interval that holds the true accuracy of `correct` right answers in `n`, as fractions."""
+    from scipy.stats import norm
+
     if n <= 0:
         return 0.0, 1.0
     z, p = float(norm.ppf(0.5 + confidence / 2)), correct / n
@@ -31,6 +31,8 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
 
 def negative_log_likelihood(logits: Any, labels: Any, temperature: float = 1.0) -> float:
     """Mean of -log p(label) over the samples; `logits` (N, classes), `labels` (N,)."""
+    from scipy.special import log_softmax
+
     logits, labels = _float64(logits), np.asarray(labels, dtype=np.int64)
     return float(-log_softmax(logits / temperature, axis=1)[np.arange(len(labels)), labels].mean())
 
@@ -40,6 +42,8 @@ def temperature_scaling(logits: Any, labels: Any) -> float:
 
     Give it validation logits, never those of the test set that it is judged on. Above 1 the model was too sure.
     """
+    from scipy.optimize import minimize_scalar
+
     logits, labels = _float64(logits), np.asarray(labels, dtype=np.int64)
     if len(labels) == 0:
         return 1.0
@@ -82,6 +86,8 @@ def expected_calibration_error(probs: Any, labels: Any, bins: int = 15) -> tuple
 
 def classification_scores(labels: Any, predictions: Any, classes: Sequence[str]) -> dict[str, Any]:
     """The confusion matrix (rows truth, columns prediction) and precision, recall, F1 and support of each class."""
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     present = list(range(len(classes)))
     precision, recall, f1, support = precision_recall_fscore_support(

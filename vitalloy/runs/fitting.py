@@ -34,7 +34,6 @@ from vitalloy.runs.budget import Budget, choose_model
 from vitalloy.runs.folder import Reporter, RunFolder, Silent
 from vitalloy.training.recipe import Recipe
 from vitalloy.training.scores import temperature_scaling
-from vitalloy.training.trainer import train, transforms
 
 log = logging.getLogger("vitalloy")
 CHECKED_IMAGES = 20_000  # larger sets are not read through before training
@@ -127,6 +126,8 @@ def _run(
     model, teacher = _build(recipe, len(splits.classes)), _teacher(recipe)
     folder = folder or _make_folder(recipe, name, runs, overwrite, first)
     reporter.stage(f"Training {recipe.model} for up to {recipe.epochs} epochs")
+    from vitalloy.training.trainer import train  # Lightning takes seconds to import: mistakes are told before
+
     try:
         result = train(model, splits, recipe, folder.path, resume=resumed, teacher=teacher)
     except VitalloyError:
@@ -164,6 +165,8 @@ def _assess(
     model: nn.Module, splits: Splits, recipe: Recipe, folder: RunFolder, metrics: dict[str, Any], reporter: Reporter
 ) -> None:
     """Everything after training, into `metrics`; the bundle is written first, so that it is safe whatever follows."""
+    from vitalloy.training.trainer import transforms
+
     _, judging = transforms(recipe, splits.native_size)
     train_set, val, test = (s.with_transform(judging) for s in (splits.train, splits.val, splits.test))
     batch, device = recipe.batch_size, "cuda" if recipe.accelerator == "gpu" else "cpu"
@@ -238,7 +241,9 @@ def _check_recipe(recipe: Recipe) -> None:
     if recipe.budget:
         Budget.parse(recipe.budget)
         if os.environ.get("WORLD_SIZE", "1") != "1" or (isinstance(recipe.devices, int) and recipe.devices > 1):
-            raise RecipeError("a budget is measured by one process: run once on one device, then name the model it chose.")
+            raise RecipeError(
+                "a budget is measured by one process: run once on one device, then name the model"
+            )
 
 
 def _make_folder(recipe: Recipe, name: str | None, runs: Path, overwrite: bool, first: bool) -> RunFolder:
