@@ -21,7 +21,7 @@ SMALL = 64  # pixels: below it an image is an icon, not a photograph
 FEW, MANY = 5_000, 100_000  # training images
 
 # start -> (steps that a run should have, fewest epochs, most epochs)
-LENGTH = {"scratch": (420, 20, 100), "finetune": (400, 5, 30), "probe": (400, 5, 30)}
+LENGTH = {"scratch": (600, 30, 100), "finetune": (400, 5, 30), "probe": (400, 5, 30)}
 # start -> learning rate of AdamW at 64 images a step; it grows with the root of the batch up to 2.25 times
 RATE = {"scratch": 1e-3, "finetune": 1e-4, "probe": 3e-3}
 # what other optimizers' rates are to AdamW's
@@ -152,7 +152,7 @@ def _augmentation(facts: Facts, start: str, choose: Any) -> None:
     choose("mixup", 0.0 if few or frozen else 0.8 if many else 0.2)
     choose("cutmix", 0.0 if few or frozen or signs else 1.0 if many else 0.5)
     choose("randaugment", 0.0 if frozen or signs else 5.0 if few or small else 9.0)
-    choose("color_jitter", 0.2 if not small and not frozen else 0.0)
+    choose("color_jitter", 0.0 if frozen else 0.4 if small else 0.2)
     choose("random_erasing", 0.0 if few or frozen or signs else 0.25 if many else 0.1)
     choose("hflip", facts.flip)
     least = 0.8 if frozen or signs else 0.6 if small else 0.08 if many else 0.35
