@@ -178,7 +178,9 @@ def main() -> None:
         rates.append(matmul_rate())
         rows.append(measure(name, args.repeats, args.budget, rates[-1]))
         one, many, step = (rows[-1][k]["ratio"] for k in ("batch_1", "batch_16", "train"))
-        console.print(f"{name:32} batch 1 {one:.2f}x   batch 16 {many:.2f}x   training step {step:.2f}x")
+        console.print(
+            f"{name:32} batch 1 {one:.2f}x   batch 16 {many:.2f}x   training step {step:.2f}x", soft_wrap=True
+        )
         gc.collect()
     machine = describe()
     result = {
