@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import vitalloy._torchvision  # isort: skip  # noqa: F401  must run before timm is imported
 import pytest
 import timm
 import torch

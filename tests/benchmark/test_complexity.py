@@ -4,7 +4,6 @@ import pytest
 import torch.nn.functional as F
 from torch import nn
 
-import vitalloy._torchvision  # noqa: F401  must run before timm is imported
 from vitalloy.benchmark import count
 
 timm = pytest.importorskip("timm")

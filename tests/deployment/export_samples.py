@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-import vitalloy._torchvision  # noqa: F401  must run before timm is imported
-
 SIDE = 32
 
 

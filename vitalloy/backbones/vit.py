@@ -20,21 +20,10 @@ from torch import Tensor, nn
 from vitalloy.layers.attention import SelfAttention
 from vitalloy.layers.backbone import Backbone, Level, drop_path_rates, init_weights
 from vitalloy.layers.mlp import Mlp
+from vitalloy.layers.patch_embed import PatchEmbed
 from vitalloy.layers.positions import resample_positions
-from vitalloy.layers.tokens import to_map, to_tokens
+from vitalloy.layers.tokens import to_map
 from vitalloy.registry import Variant, register
-
-
-class PatchEmbed(nn.Module):
-    """Cuts an image into patches and projects each: (B, C, H, W) -> (B, N, D) and the patch grid."""
-
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.proj(x)
-        return to_tokens(x), x.shape[-2:]
 
 
 class Block(nn.Module):
