@@ -51,16 +51,16 @@ def pvt_port() -> nn.Module:
 
 # ours -> (whose, how the peer is built)
 PEERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-    "deit_tiny_patch16_224": ("timm", timm_model("deit_tiny_patch16_224")),
-    "deit_small_patch16_224": ("timm", timm_model("deit_small_patch16_224")),
     "cvt_13": ("transformers", cvt_port),
     "convit_tiny": ("timm", timm_model("convit_tiny")),
     "pvt_tiny": ("transformers", pvt_port),
     "pvt_v2_b0": ("timm", timm_model("pvt_v2_b0")),
-    "pvt_v2_b2": ("timm", timm_model("pvt_v2_b2")),
-    "pvt_v2_b2_li": ("timm", timm_model("pvt_v2_b2_li")),
     "swin_tiny_patch4_window7_224": ("timm", timm_model("swin_tiny_patch4_window7_224")),
+    "deit_tiny_patch16_224": ("timm", timm_model("deit_tiny_patch16_224")),
     "convnext_tiny": ("timm", timm_model("convnext_tiny")),
+    "deit_small_patch16_224": ("timm", timm_model("deit_small_patch16_224")),
+    "pvt_v2_b2_li": ("timm", timm_model("pvt_v2_b2_li")),
+    "pvt_v2_b2": ("timm", timm_model("pvt_v2_b2")),
 }
 
 
@@ -178,26 +178,27 @@ def main() -> None:
         rates.append(matmul_rate())
         rows.append(measure(name, args.repeats, args.budget, rates[-1]))
         one, many, step = (rows[-1][k]["ratio"] for k in ("batch_1", "batch_16", "train"))
-        console.print(
-            f"{name:32} batch 1 {one:.2f}x   batch 16 {many:.2f}x   training step {step:.2f}x", soft_wrap=True
-        )
+        ratios = f"batch 1 {one:.2f}x   batch 16 {many:.2f}x   training step {step:.2f}x"
+        console.print(f"{name:32} {ratios}", soft_wrap=True)
         gc.collect()
+        if not args.models:  # after each, so that nothing is lost when it is killed
+            write(rows, rates, args.threads)
+
+
+def write(rows: list[dict[str, Any]], rates: list[float], threads: int) -> None:
     machine = describe()
     result = {
         "machine": machine,
-        "threads": args.threads,
+        "threads": threads,
         "date": date.today().isoformat(),
         "matmul_flops": sorted(rates)[len(rates) // 2],
         "rows": rows,
     }
-    if args.models:
-        return
     slug = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    target = ROOT / "benchmarks" / "results" / f"{slug}-{args.threads}-thread.json"
+    target = ROOT / "benchmarks" / "results" / f"{slug}-{threads}-thread.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
     (ROOT / "docs" / "benchmarks.md").write_text(page(result))
-    console.print(f"wrote {target.relative_to(ROOT)} and docs/benchmarks.md")
 
 
 if __name__ == "__main__":

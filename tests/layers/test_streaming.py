@@ -29,7 +29,9 @@ def test_pieces_make_the_whole(parts, monkeypatch, approximate):
     kept = x.clone()
     assert torch.allclose(stream_mlp(x, fc1, act, fc2), fc2(act(fc1(x))), atol=1e-6)
     whole = fc2(act(to_tokens(conv(to_map(fc1(x), (5, 6))))))
-    assert torch.allclose(stream_conv_mlp(x, (5, 6), fc1, conv, act, fc2), whole, atol=1e-6)
+    assert torch.allclose(stream_conv_mlp(x, (5, 6), fc1, nn.Identity(), conv, act, fc2), whole, atol=1e-6)
+    bent = fc2(act(to_tokens(conv(to_map(fc1(x).relu(), (5, 6))))))
+    assert torch.allclose(stream_conv_mlp(x, (5, 6), fc1, nn.ReLU(), conv, act, fc2), bent, atol=1e-6)
     image = x.unflatten(1, (5, 6))
     assert torch.allclose(stream_mlp(image, fc1, QuickGELU(), fc2), fc2(QuickGELU()(fc1(image))), atol=1e-6)
     assert torch.equal(x, kept)
@@ -43,7 +45,7 @@ def test_only_unseen_plain_inference_streams(parts, monkeypatch):
     with torch.no_grad():
         assert may_stream(x, fc1, act, fc2)
         assert not may_stream(x[:, :4], fc1, act, fc2)  # too small to pay
-        assert not may_stream(x, fc1, nn.ReLU(), fc2)
+        assert not may_stream(x, fc1, nn.SiLU(), fc2)
         assert not may_stream(x, fc1, act, nn.Linear(24, 8, bias=False))
         with torch.autocast("cpu", torch.bfloat16):
             assert not may_stream(x, fc1, act, fc2)

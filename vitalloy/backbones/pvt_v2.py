@@ -46,8 +46,8 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        parts = (self.fc1, self.dwconv, self.act, self.fc2)
-        if type(self.relu) is nn.Identity and may_stream(x, *parts):
+        parts = (self.fc1, self.relu, self.dwconv, self.act, self.fc2)
+        if may_stream(x, *parts):
             return stream_conv_mlp(x, grid, *parts)
         x = to_map(self.relu(self.fc1(x)), grid)
         return self.fc2(self.act(to_tokens(self.dwconv(x))))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vitalloy.layers.activations import QuickGELU
 from vitalloy.layers.streaming import may_stream, stream_mlp
 
 
@@ -27,4 +28,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape."""
         parts = (self.fc1, self.act, self.fc2)
-        return stream_mlp(x, *parts) if may_stream(x, *parts) else self.fc2(self.act(self.fc1(x)))
+        if isinstance(self.act, nn.GELU | QuickGELU) and may_stream(x, *parts):
+            return stream_mlp(x, *parts)
+        return self.fc2(self.act(self.fc1(x)))

@@ -18,7 +18,7 @@ WORTHWHILE = 3 << 18  # elements of the wide map from which pieces were measured
 ROWS = 512  # tokens in a piece
 GROUP = 1 << 20  # elements of a piece that holds whole images
 
-_PLAIN = (nn.Linear, nn.Conv2d, nn.GELU, QuickGELU)
+_PLAIN = (nn.Linear, nn.Conv2d, nn.GELU, QuickGELU, nn.ReLU, nn.Identity)
 
 
 def may_stream(x: Tensor, fc1: nn.Module, *others: nn.Module) -> bool:
@@ -53,9 +53,15 @@ def stream_mlp(x: Tensor, fc1: nn.Linear, act: nn.GELU | QuickGELU, fc2: nn.Line
 
 
 def stream_conv_mlp(
-    x: Tensor, grid: tuple[int, int], fc1: nn.Linear, conv: nn.Conv2d, act: nn.GELU, fc2: nn.Linear
+    x: Tensor,
+    grid: tuple[int, int],
+    fc1: nn.Linear,
+    before: nn.Identity | nn.ReLU,
+    conv: nn.Conv2d,
+    act: nn.GELU,
+    fc2: nn.Linear,
 ) -> Tensor:
-    """fc2(act(conv(fc1(x)))) for tokens x (B, N, C), the convolution on their grid; whole images at a time."""
+    """fc2(act(conv(before(fc1(x))))) for tokens x (B, N, C), the convolution on their grid; whole images at a time."""
     images, count, _ = x.shape
     group = min(images, max(1, GROUP // (count * fc1.out_features)))
     out = x.new_empty(images, count, fc2.out_features)
@@ -63,6 +69,8 @@ def stream_conv_mlp(
     for piece, result in zip(x.split(group), out.split(group), strict=True):
         wide = buffer[: len(piece)]
         torch.addmm(fc1.bias, piece.flatten(0, 1), fc1.weight.t(), out=wide.flatten(0, 1))
+        if isinstance(before, nn.ReLU):
+            wide.relu_()
         mixed = F.conv2d(to_map(wide, grid), conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
         mixed = torch.ops.aten.gelu_(to_tokens(mixed).flatten(0, 1), approximate=act.approximate)
         torch.addmm(fc2.bias, mixed, fc2.weight.t(), out=result.flatten(0, 1))
