@@ -17,7 +17,7 @@ from PIL import Image
 
 import vitalloy
 from vitalloy.errors import CheckpointError, DataError, ExportError, RunError
-from vitalloy.runs import resume
+from vitalloy.runs import resume, stages
 from vitalloy.training.recipe import Recipe
 
 QUICK = {"epochs": 3, "threads": 1, "explain_images": 4, "corruptions": ["contrast", "gaussian_noise"], "seed": 3}
@@ -113,6 +113,19 @@ def test_recipe_repeats_the_run(run, tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert again.metrics["test"]["top1"] == run.metrics["test"]["top1"]
     assert "onnx" not in again.metrics and again.report.is_file()
+
+
+def test_a_failed_export_does_not_take_the_test_results_with_it(tmp_path, monkeypatch):
+    def fail(*_args):
+        raise ExportError("no such operator")
+
+    monkeypatch.setattr(stages, "export_float", fail)
+    short = {"epochs": 1, "threads": 1, "corruptions": [], "explain_images": 0, "model": "vit_nano"}
+    with pytest.raises(ExportError, match="no such operator"):
+        vitalloy.fit("digits", name="half", runs=tmp_path, overrides=short)
+    assert json.loads((tmp_path / "half" / "metrics.json").read_text())["test"]["n"] == 269
+    assert (tmp_path / "half" / "report.html").is_file()
+    assert vitalloy.load(tmp_path / "half").classes == [str(i) for i in range(10)]
 
 
 def test_a_run_is_not_overwritten_by_accident(run):

@@ -154,10 +154,12 @@ def _run(
         "stopped_early": result.stopped_early,
         "budget": chosen,
     }
-    _assess(model, splits, recipe, folder, metrics, reporter)
-    metrics["run"]["seconds"] = round(time.monotonic() - started, 1)
-    folder.write_metrics(metrics)
-    write_report(metrics, folder.path)
+    try:
+        _assess(model, splits, recipe, folder, metrics, reporter)
+    finally:  # an export that fails must not take the test results with it
+        metrics["run"]["seconds"] = round(time.monotonic() - started, 1)
+        folder.write_metrics(metrics)
+        write_report(metrics, folder.path)
     return Run(folder.path, metrics)
 
 
