@@ -160,9 +160,7 @@ def memory(part: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "models", nargs="*", help="names of ours; all when none is given (only then the page is written)"
-    )
+    parser.add_argument("models", nargs="*", help="names of ours to measure (again); all when none is given")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each (at least 5)")
     parser.add_argument("--budget", type=float, default=12.0, help="seconds for each figure and side")
@@ -181,21 +179,23 @@ def main() -> None:
         ratios = f"batch 1 {one:.2f}x   batch 16 {many:.2f}x   training step {step:.2f}x"
         console.print(f"{name:32} {ratios}", soft_wrap=True)
         gc.collect()
-        if not args.models:  # after each, so that nothing is lost when it is killed
-            write(rows, rates, args.threads)
+        write(rows, rates, args.threads)  # after each, so that nothing is lost when it is killed
 
 
 def write(rows: list[dict[str, Any]], rates: list[float], threads: int) -> None:
+    """Put new rows over those of earlier runs on this machine, in the order of `PEERS`, and write the page."""
     machine = describe()
+    slug = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
+    target = ROOT / "benchmarks" / "results" / f"{slug}-{threads}-thread.json"
+    before = json.loads(target.read_text())["rows"] if target.is_file() else []
+    known = {row["model"]: row for row in [*before, *rows]}
     result = {
         "machine": machine,
         "threads": threads,
         "date": date.today().isoformat(),
         "matmul_flops": sorted(rates)[len(rates) // 2],
-        "rows": rows,
+        "rows": [known[name] for name in PEERS if name in known],
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    target = ROOT / "benchmarks" / "results" / f"{slug}-{threads}-thread.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
     (ROOT / "docs" / "benchmarks.md").write_text(page(result))
