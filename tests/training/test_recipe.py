@@ -139,3 +139,9 @@ def test_the_model_s_own_configuration_counts():
     assert settled(config=config | {"fixed_input_size": True}).img_size == 224
     assert settled(in_chans=1).mean == [0.449]
     assert settled(config=config, size=(400, 400)).crop_pct == 0.95
+
+
+def test_lists_are_set_as_toml_or_as_names():
+    assert Recipe().with_overrides(["corruptions=[]"]).corruptions == []
+    assert Recipe().with_overrides(['corruptions=["contrast"]']).corruptions == ["contrast"]
+    assert Recipe().with_overrides(["corruptions=contrast, haze"]).corruptions == ["contrast", "haze"]

@@ -30,6 +30,7 @@ class Backbone(nn.Module, ABC):
     Attributes:
         feature_info: one dict(num_chs, reduction, module) a level.
         num_features: channels of the tokens that `forward_final` returns.
+        default_out_indices: the levels that `features_only=True` returns: their numbers, or how many of the last.
         pool, head: global pooling and the classifier (`nn.Identity` when there are no classes).
         key_table: (pattern, replacement) pairs that turn published parameter names into ours, tried in order;
             a replacement of None drops the entry.
@@ -38,6 +39,7 @@ class Backbone(nn.Module, ABC):
     feature_info: list[dict[str, Any]]
     num_features: int
     num_classes: int
+    default_out_indices: int | tuple[int, ...]
     num_prefix_tokens = 0
     grad_checkpointing = False
     key_table: Sequence[tuple[str, str | None]] = ()

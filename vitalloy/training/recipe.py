@@ -263,7 +263,8 @@ def _pair(text: str) -> tuple[str, Any]:
     nullable = type(None) in typing.get_args(field.annotation)
     if value.lower() in ("none", "null", "") and (nullable or key == "patience"):
         return key, None
-    texts_only = set(typing.get_args(field.annotation) or (field.annotation,)) <= {str, type(None)}
+    kinds = typing.get_args(field.annotation) or (field.annotation,)
+    texts_only = typing.get_origin(field.annotation) is not list and set(kinds) <= {str, type(None)}
     if texts_only and value[:1] not in ("'", '"'):
         return key, value
     try:
