@@ -285,6 +285,41 @@ def test_names_that_the_configuration_gives_exist(case):
         model.get_submodule(row["module"])
 
 
+def test_fused_models_answer_the_same(case):
+    model, x = build(case), images(case, 8)
+    for _ in range(3):
+        model.train()(x)  # running statistics that are not the initial ones
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.05 * torch.randn_like(p))
+            if p.ndim < 2 and not name.endswith(("bias", "p")):
+                p.mul_(1.5)
+    model = model.double().eval()
+    kept = copy.deepcopy(model)
+    fused, x = model.fuse(), x.double()
+    assert fused is model and not model.training
+    with torch.no_grad():
+        assert close(fused(x), kept(x), 1e-9)
+        assert close(fused.fuse()(x), kept(x), 1e-9), "fusing again changed the model"
+        assert close(copy.deepcopy(fused).float()(x.float()).double(), kept(x), 1e-4)
+        other = torch.nn.functional.interpolate(x, scale_factor=1.5)
+        assert close(fused(other), kept(other), 1e-9)
+
+
+def test_generalized_mean_pooling(family):
+    model, x = build(family, global_pool="ggem"), images(family)
+    groups = len(model.pool.mean.p)
+    assert groups > 1 and model.num_features % groups == 0
+    grads = grad_of(model, x)
+    assert grads["pool.mean.p"].isfinite().all() and grads["pool.mean.p"].abs().sum() > 0
+    assert {name for name, _ in model.named_parameters()} == set(grads)
+    assert "pool.mean.p" in model.no_weight_decay() or model.pool.mean.p.ndim < 2
+    features = model.forward_features(x)
+    p, pooled = model.pool.mean.p.repeat_interleave(model.num_features // groups), model.pool(features)
+    wanted = features[:, model.num_prefix_tokens :].clamp(min=1e-6).pow(p).mean(1).pow(1 / p)
+    assert close(pooled, wanted, 1e-4)
+
+
 def test_a_few_steps_learn_a_batch(case):
     model, x = build(case).train(), images(case, 8)
     labels = torch.arange(8) % 5

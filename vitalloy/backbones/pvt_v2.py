@@ -7,14 +7,14 @@ transformers port. Every stage ends with a norm; the four feature maps are the n
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitalloy.layers.backbone import Backbone, Level, drop_path_rates, init_weights
+from vitalloy.layers.backbone import drop_path_rates, init_convolution, init_weights
+from vitalloy.layers.pyramid import Pyramid
 from vitalloy.layers.spatial_reduction import SpatialReductionAttention, fuse_keys_values
 from vitalloy.layers.streaming import may_stream, stream_conv_mlp
 from vitalloy.layers.tokens import to_map, to_tokens
@@ -79,13 +79,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x), grid))
 
 
-def _init_convolution(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        nn.init.zeros_(module.bias)
-
-
 def _port_keys() -> list[tuple[str, str]]:
     """The names of timm and of the transformers port under ours; both count stages from 0."""
     names = {
@@ -117,7 +110,7 @@ def _port_keys() -> list[tuple[str, str]]:
     return table
 
 
-class PyramidVisionTransformerV2(Backbone):
+class PyramidVisionTransformerV2(Pyramid):
     """PVT v2: four stages of strides 4, 8, 16 and 32.
 
     Args:
@@ -132,7 +125,6 @@ class PyramidVisionTransformerV2(Backbone):
         (r"^backbone\.(.+)", r"\1"),
         *_port_keys(),
     )
-    default_out_indices = (0, 1, 2, 3)
 
     def __init__(
         self,
@@ -152,56 +144,18 @@ class PyramidVisionTransformerV2(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_stages = 4
-        self.num_features = embed_dims[-1]
-        self.feature_info = []
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         for i, dim in enumerate(embed_dims):
             stride, width = (2, embed_dims[i - 1]) if i else (patch_stride, in_chans)
-            blocks = nn.ModuleList(
+            blocks = [
                 Block(dim, num_heads[i], reductions[i], mlp_ratios[i], linear, qkv_bias, attn_drop_rate, next(rates))
                 for _ in range(depths[i])
-            )
-            self.register_module(f"patch_embed{i + 1}", OverlapPatchEmbed(stride, width, dim))
-            self.register_module(f"block{i + 1}", blocks)
-            self.register_module(f"norm{i + 1}", nn.LayerNorm(dim, eps=1e-6))
-            self.feature_info.append({"num_chs": dim, "reduction": patch_stride * 2**i, "module": f"norm{i + 1}"})
+            ]
+            embed = OverlapPatchEmbed(stride, width, dim)
+            self.add_stage(embed, blocks, nn.LayerNorm(dim, eps=1e-6), dim, patch_stride * 2**i)
         self.apply(init_weights)
-        self.apply(_init_convolution)
+        self.apply(init_convolution)
         self.build_head(num_classes, global_pool, drop_rate)
-
-    def forward_levels(self, x: Tensor, take: Collection[int], stop: int, norm: bool) -> tuple[Tensor, list[Level]]:
-        levels = []
-        for i in range(min(stop, self.num_stages)):
-            x, grid = self.get_submodule(f"patch_embed{i + 1}")(x)
-            for block in self.get_submodule(f"block{i + 1}"):
-                x = self.run(block, x, grid)
-            x = to_map(self.get_submodule(f"norm{i + 1}")(x), grid)
-            if i in take:
-                levels.append(Level(x))
-        return x, levels
-
-    def forward_final(self, state: Tensor) -> Tensor:
-        return to_tokens(state)
-
-    def prune_levels(self, keep: int, prune_norm: bool) -> None:
-        for i in range(keep, self.num_stages):
-            for part in ("patch_embed", "block", "norm"):
-                delattr(self, f"{part}{i + 1}")
-        self.num_stages = min(keep, self.num_stages)
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """How layer-wise learning rates group the parameters."""
-        if coarse:
-            return {"stem": r"^patch_embed1", "blocks": r"^(?:patch_embed|block|norm)(\d)"}
-        return {
-            "stem": r"^patch_embed1",
-            "blocks": [
-                (r"^block(\d)\.(\d+)", None),
-                (r"^patch_embed(\d)", (0,)),
-                (r"^norm(\d)", (99999,)),
-            ],
-        }
 
     def reshape_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return fuse_keys_values(state)

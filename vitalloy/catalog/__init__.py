@@ -58,6 +58,22 @@ class Erratum(_Entry):
     switch: str = ""
 
 
+class Stage(_Entry):
+    """One box in the drawing of a backbone: what it holds and at which stride its map leaves it."""
+
+    name: str
+    holds: str  # such as "2 x local block"
+    stride: int
+    kind: Literal["embedding", "convolution", "attention", "both", "other"]
+
+
+class Block(_Entry):
+    """One kind of block in the drawing: its parts in order. A part that starts with "+" ends a residual branch."""
+
+    name: str
+    parts: list[str]
+
+
 class Card(_Entry):
     """One published system. `system` is the stem of its file and of its folder of goldens."""
 
@@ -77,6 +93,9 @@ class Card(_Entry):
     source: str  # the authors' code and its licence
     weights_licence: str
     checkpoints: list[str]
+    how: str = ""  # how the architecture works, a paragraph
+    stages: list[Stage] = []
+    blocks: list[Block] = []
     results: list[Result] = []
     errata: list[Erratum] = []
 

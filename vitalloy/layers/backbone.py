@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from timm.layers import trunc_normal_
@@ -13,8 +14,12 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitalloy.layers.fusion import fuse
 from vitalloy.layers.pooling import GlobalPool
 from vitalloy.layers.tokens import to_tokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 
 class Level(NamedTuple):
@@ -111,9 +116,15 @@ class Backbone(nn.Module, ABC):
         """Set `pool`, `head_drop` and `head`; a new classifier starts as a truncated normal of std 0.02."""
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head_hidden_size = self.num_features
-        self.pool = GlobalPool(global_pool, self.num_prefix_tokens)
+        self.pool = GlobalPool(global_pool, self.num_prefix_tokens, self.pool_groups())
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self.make_classifier(num_classes)
+
+    def pool_groups(self) -> int:
+        """How many exponents the pooling "ggem" learns: the heads of the last attention, or groups of 32 channels."""
+        heads = [module.num_heads for module in self.modules() if isinstance(getattr(module, "num_heads", None), int)]
+        groups = heads[-1] if heads else self.num_features // 32
+        return math.gcd(groups, self.num_features)
 
     def make_classifier(self, num_classes: int) -> nn.Module:
         if not num_classes:
@@ -131,6 +142,14 @@ class Backbone(nn.Module, ABC):
         like = next(self.parameters())
         self.build_head(num_classes, self.global_pool if global_pool is None else global_pool, self.head_drop.p)
         self.to(device=like.device, dtype=like.dtype)
+
+    def fuse(self) -> Self:
+        """Fold norms, scales and parallel branches into the layers beside them, in place, for deployment.
+
+        Same outputs in evaluation mode, fewer passes over memory; what can be folded depends on the backbone.
+        Parameters change names and number, so load weights first. May be called again.
+        """
+        return fuse(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training: recompute each block in the backward pass."""
@@ -168,6 +187,15 @@ def init_weights(module: nn.Module) -> None:
     """The transformers' common start: linear weights truncated normal 0.02, zero biases. For `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_convolution(module: nn.Module) -> None:
+    """The pyramids' start: convolution weights normal with variance 2 / fan out, zero biases. For `nn.Module.apply`."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
