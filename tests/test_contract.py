@@ -15,7 +15,7 @@ from torch import nn
 
 import vitalloy
 from vitalloy import registry
-from vitalloy.layers import streaming
+from vitalloy.layers import fusion, streaming
 from vitalloy.layers.tokens import to_tokens
 
 vitalloy.list_models()  # fills the registry
@@ -297,10 +297,12 @@ def test_fused_models_answer_the_same(case):
     model = model.double().eval()
     kept = copy.deepcopy(model)
     fused, x = model.fuse(), x.double()
-    assert fused is model and not model.training
+    assert fused is model and fused.fuse() is model and not model.training
+    with pytest.raises(vitalloy.VitalloyError, match="fused"):
+        fused.load_state_dict(kept.state_dict())
     with torch.no_grad():
         assert close(fused(x), kept(x), 1e-9)
-        assert close(fused.fuse()(x), kept(x), 1e-9), "fusing again changed the model"
+        assert close(fusion.fuse(fused)(x), kept(x), 1e-9), "fusing again changed the model"
         assert close(copy.deepcopy(fused).float()(x.float()).double(), kept(x), 1e-4)
         other = torch.nn.functional.interpolate(x, scale_factor=1.5)
         assert close(fused(other), kept(other), 1e-9)

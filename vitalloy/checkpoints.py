@@ -188,6 +188,8 @@ def save(model: nn.Module, folder: str | Path, about: Mapping[str, Any] | None =
     """
     if not hasattr(model, "build_args"):
         raise ModelError("only models from vitalloy.create_model can be saved as a bundle: this one has no build_args.")
+    if getattr(model, "fused", False):
+        raise ModelError("a fused model cannot be saved as a bundle: save the model it was made from.")
     folder = Path(folder)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     weights, text = folder / BUNDLE_WEIGHTS, folder / BUNDLE_ABOUT

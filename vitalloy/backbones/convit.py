@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 from timm.layers import DropPath, trunc_normal_
@@ -27,6 +28,9 @@ from vitalloy.layers.patch_embed import PatchEmbed
 from vitalloy.layers.positions import resample_positions
 from vitalloy.layers.tokens import to_map
 from vitalloy.registry import Variant, register
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class GatedPositionalAttention(nn.Module):
@@ -48,6 +52,7 @@ class GatedPositionalAttention(nn.Module):
         self.pos_proj = nn.Linear(3, num_heads)  # on (dx, dy, dx² + dy²) in patches, key minus query
         self.gating_param = nn.Parameter(torch.ones(num_heads))
         self.proj = nn.Linear(dim, dim)
+        self.kept_grid: tuple[int, int] | None = None
 
     def init_local(self, strength: float = 1.0) -> None:
         """Start as a convolution: head p looks at one offset of a floor(sqrt(heads)) square; values pass unchanged.
@@ -87,6 +92,8 @@ class GatedPositionalAttention(nn.Module):
 
     def position_factors(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Positional attention between rows (heads, H, H) and between columns (heads, W, W)."""
+        if self.kept_grid == tuple(grid):
+            return self.kept_rows, self.kept_columns
         weight = self.pos_proj.weight
         weight = (
             weight if weight.dtype == torch.float64 else weight.float()
@@ -97,6 +104,14 @@ class GatedPositionalAttention(nn.Module):
         rows = down * y + square * y.square() + self.pos_proj.bias.to(weight.dtype).view(-1, 1, 1)
         columns = across * x + square * x.square()
         return rows.softmax(-1), columns.softmax(-1)
+
+    def keep_positions(self, grid: tuple[int, int]) -> None:
+        """Compute the positional attention of one grid once and for all; for a fused model."""
+        with torch.no_grad():
+            rows, columns = self.position_factors(grid)
+        self.register_buffer("kept_rows", rows, persistent=False)
+        self.register_buffer("kept_columns", columns, persistent=False)
+        self.kept_grid = tuple(grid)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The mixed attention of every query (row) to every key (column), (B, heads, N, N). For looking at."""
@@ -214,6 +229,14 @@ class ConViT(Backbone):
 
     def forward_final(self, state: Tensor) -> Tensor:
         return self.norm(state)
+
+    def fuse(self) -> Self:
+        """Compute the positional attention of the model's own grid once; other grids compute theirs each time."""
+        if not self.fused:
+            for block in self.blocks:
+                if block.local:
+                    block.attn.keep_positions(self.grid)
+        return super().fuse()
 
     def prune_levels(self, keep: int, prune_norm: bool) -> None:
         self.blocks = self.blocks[:keep]

@@ -17,6 +17,7 @@ from timm.layers import DropPath, LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
 from vitalloy.layers.backbone import Backbone, Level, drop_path_rates
+from vitalloy.layers.fusion import fold_scale
 from vitalloy.layers.mlp import Mlp
 from vitalloy.layers.tokens import to_tokens
 from vitalloy.registry import Variant, register
@@ -44,6 +45,10 @@ class Block(nn.Module):
         # scale and add in one pass over the map
         x = x + branch if self.gamma is None else torch.addcmul(x, branch, self.gamma)
         return x.permute(0, 3, 1, 2)
+
+    def fuse(self) -> None:
+        if self.gamma is not None:
+            self.mlp.fc2, self.gamma = fold_scale(self.mlp.fc2, self.gamma), None
 
 
 class Stage(nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vitalloy.layers.activations import ACTIVATIONS
 from vitalloy.layers.attention import Attend, fitting_heads, merge_heads, split_heads
 from vitalloy.layers.backbone import Backbone, Level, drop_path_rates, init_weights
+from vitalloy.layers.fusion import fold_norm
 from vitalloy.layers.mlp import Mlp
 from vitalloy.layers.tokens import to_map, to_tokens
 from vitalloy.registry import Variant, register
@@ -48,6 +49,10 @@ class ConvProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return to_tokens(self.bn(self.conv(x)))
+
+    def fuse(self) -> None:
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv, self.bn = fold_norm(self.conv, self.bn), nn.Identity()
 
 
 class PoolProjection(nn.AvgPool2d):

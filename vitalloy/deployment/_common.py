@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from vitalloy.errors import ExportError
+from vitalloy.layers.backbone import Backbone
 
 
 @contextlib.contextmanager
@@ -28,6 +30,11 @@ def at_rest(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def deployable(model: nn.Module) -> nn.Module:
+    """What to write into a file: a copy with norms and scales folded where the model knows how, else the model."""
+    return copy.deepcopy(model).fuse() if isinstance(model, Backbone) else model
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitalloy.deployment._common import at_rest, example_batch, quiet, reason, written_whole
+from vitalloy.deployment._common import at_rest, deployable, example_batch, quiet, reason, written_whole
 from vitalloy.errors import ExportError
 
 OLDEST_OPSET = 18  # what the exporter writes without converting down
@@ -70,7 +70,7 @@ def export_onnx(
     try:
         with at_rest(model), quiet():
             program = torch.onnx.export(
-                model,
+                deployable(model),
                 (example,),
                 dynamo=True,
                 input_names=[INPUT],

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vitalloy.deployment._common import at_rest, example_batch, other_batch, quiet, reason, written_whole
+from vitalloy.deployment._common import at_rest, deployable, example_batch, other_batch, quiet, reason, written_whole
 from vitalloy.errors import ExportError
 
 TOLERANCE = 1e-4  # of the largest output: the same kernels run, in nearly the same order
@@ -34,7 +34,7 @@ def export_torchscript(model: nn.Module, example: torch.Tensor, path: str | Path
     example = example_batch(model, example, least=2)
 
     def save(file: Path) -> None:
-        torch.jit.trace(model, example, check_trace=False).save(str(file))
+        torch.jit.trace(deployable(model), example, check_trace=False).save(str(file))
 
     def load(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
         return torch.jit.load(str(file), map_location=example.device).eval()
@@ -59,7 +59,7 @@ def export_pt2(model: nn.Module, example: torch.Tensor, path: str | Path, dynami
     shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
 
     def save(file: Path) -> None:
-        torch.export.save(torch.export.export(model, (example,), dynamic_shapes=shapes), file)
+        torch.export.save(torch.export.export(deployable(model), (example,), dynamic_shapes=shapes), file)
 
     def load(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
         return torch.export.load(file).module()

@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitalloy.errors import ModelError
 from vitalloy.layers.fusion import fuse
 from vitalloy.layers.pooling import GlobalPool
 from vitalloy.layers.tokens import to_tokens
@@ -47,6 +48,7 @@ class Backbone(nn.Module, ABC):
     default_out_indices: int | tuple[int, ...]
     num_prefix_tokens = 0
     grad_checkpointing = False
+    fused = False
     key_table: Sequence[tuple[str, str | None]] = ()
 
     @abstractmethod
@@ -146,10 +148,14 @@ class Backbone(nn.Module, ABC):
     def fuse(self) -> Self:
         """Fold norms, scales and parallel branches into the layers beside them, in place, for deployment.
 
-        Same outputs in evaluation mode, fewer passes over memory; what can be folded depends on the backbone.
-        Parameters change names and number, so load weights first. May be called again.
+        Same outputs in evaluation mode, fewer passes over memory; what can be folded depends on the backbone. A fused
+        model takes no weights and does not train: load first, and keep the model itself for training.
         """
-        return fuse(self)
+        if not self.fused:
+            fuse(self).requires_grad_(False)
+            self.fused = True
+            self.register_load_state_dict_pre_hook(_refuse_weights)
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training: recompute each block in the backward pass."""
@@ -181,6 +187,10 @@ class Backbone(nn.Module, ABC):
     def reshape_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fuse, split or interpolate entries whose form differs from ours; none by default."""
         return state
+
+
+def _refuse_weights(*_: Any) -> None:
+    raise ModelError("a fused model takes no weights: load them into a new model and fuse that")
 
 
 def init_weights(module: nn.Module) -> None:

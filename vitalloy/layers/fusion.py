@@ -69,8 +69,8 @@ def fold_norm_before(norm: _BatchNorm, layer: Linear) -> Linear:
         raise ValueError("a norm cannot be folded into the padded convolution behind it")
     scale, shift = scale_and_shift(norm)
     groups = getattr(layer, "groups", 1)
-    weight = layer.weight.double().unflatten(0, (groups, -1)).flatten(3)  # (groups, out, in, ...)
-    weight = weight if weight.dim() == 4 else weight.unsqueeze(3)
+    rows, width = layer.weight.shape[0] // groups, layer.weight.shape[1]
+    weight = layer.weight.double().reshape(groups, rows, width, -1)
     scale, shift = scale.view(groups, 1, -1, 1), shift.view(groups, 1, -1, 1)
     bias = _bias(layer) + (weight * shift).sum((2, 3)).flatten()
     return _changed(layer, (weight * scale).reshape(layer.weight.shape), bias)
