@@ -1,22 +1,29 @@
 """Rewrite the parts of the documentation that are made from the code: run `python docs/gallery.py`.
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; the text around it is written by hand.
+The pictures are drawn from the cards of the catalog and from the newest results of `make bench`.
 `python docs/gallery.py --check` changes nothing and exits with 1 if a page is out of date.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
-from itertools import groupby
+from functools import cache
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import drawings
 
 if TYPE_CHECKING:
     from vitalloy.catalog import Card
 
 DOCS = Path(__file__).resolve().parent
+PICTURES = DOCS / "pictures"
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,25 +42,31 @@ def recipe_table() -> str:
 
 def model_table() -> str:
     """Our models: size, work, input, published accuracy and the checkpoints that load."""
-    from vitalloy import list_models
-    from vitalloy.benchmark import about_models
-
     lines = [
         "| model | parameters (M) | MACs (G) | input | top-1 (%) | checkpoints that load |",
         "| --- | ---: | ---: | --- | ---: | --- |",
-        *(model_row(row) for row in about_models(list_models())),
+        *(model_row(row) for row in all_models()),
     ]
     return "\n".join(lines) + "\n"
 
 
+@cache
+def all_models() -> list[dict[str, Any]]:
+    """The rows of `about_models` for every model of ours; counting takes minutes, so it is done once."""
+    from vitalloy import list_models
+    from vitalloy.benchmark import about_models
+
+    return about_models(list_models())
+
+
 def model_row(row: dict[str, Any]) -> str:
     """A row of `about_models` as a row of the table."""
-    height, width = row["input"]
+    size = " × ".join(map(str, row["input"]))
     top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
     note = f" ({_cell(row['note'])})" if row["note"] else ""
     files = ", ".join(f"`{_cell(name)}`" for name in row["checkpoints"])
     work = f"{row['params'] / 1e6:.2f} | {row['macs'] / 1e9:.2f}"
-    return f"| `{row['name']}` | {work} | {height} × {width} | {top1}{note} | {files} |"
+    return f"| `{row['name']}` | {work} | {size} | {top1}{note} | {files} |"
 
 
 def gallery() -> str:
@@ -79,7 +92,66 @@ def gallery() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-PARTS: dict[str, Callable[[], str]] = {"recipe": recipe_table, "models": model_table, "systems": gallery}
+def architectures() -> str:
+    """How every working backbone works: a paragraph and a drawing."""
+    parts = []
+    for card in drawn_cards():
+        where = ", ".join(f"`{name}`" for name in card.code if name.startswith("vitalloy.backbones"))
+        parts += [f"## {card.name}", "", _text(card.how), "", f"![{card.name}](pictures/{card.system}.svg)", ""]
+        parts += [f"{_source(card)} In the code: {where}.", ""]
+    return "\n".join(parts)
+
+
+def drawn_cards() -> list[Card]:
+    from vitalloy import systems
+
+    return sorted((card for card in systems() if card.stages), key=lambda card: card.name.casefold())
+
+
+def drawings_of_cards() -> dict[Path, str]:
+    """The drawing of each architecture, by file."""
+    return {PICTURES / f"{card.system}.svg": drawings.architecture(card) for card in drawn_cards()}
+
+
+def drawings_of_zoo() -> dict[Path, str]:
+    """Published accuracy against parameters and, where `make bench` has run, against latency; by file."""
+    rows = [row for row in all_models() if row["top1"] is not None]
+    costs = {"parameters": ("parameters (M)", {row["name"]: row["params"] / 1e6 for row in rows})}
+    if found := sorted((DOCS.parent / "benchmarks" / "results").glob("*.json"), key=lambda p: p.stat().st_mtime):
+        result = json.loads(found[-1].read_text(encoding="utf-8"))
+        label = f"latency of one image, fp32, fused, {result['threads']} thread(s) (ms)"
+        costs["latency"] = (label, result.get("latency_ms", {}))
+    families = zoo_families([row["name"] for row in rows])
+    return {
+        PICTURES / f"zoo_{cost}.svg": drawings.zoo(
+            [
+                drawings.Point(row["name"], families[row["name"]], values[row["name"]], row["top1"])
+                for row in rows
+                if row["name"] in values
+            ],
+            label,
+        )
+        for cost, (label, values) in costs.items()
+        if values
+    }
+
+
+def zoo_families(names: list[str]) -> dict[str, str]:
+    """The family of each model: what the names of its class have in common."""
+    from vitalloy.registry import entry
+
+    members: dict[type, list[str]] = {}
+    for name in names:
+        members.setdefault(entry(name).cls, []).append(name)
+    return {name: _shared(group) for group in members.values() for name in group}
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "recipe": recipe_table,
+    "models": model_table,
+    "systems": gallery,
+    "architectures": architectures,
+}
 
 
 def rendered(page: Path) -> str:
@@ -98,17 +170,24 @@ def main(check: bool) -> int:
         if not check:
             page.write_text(text, encoding="utf-8")
         sys.stdout.write(f"{page.name}: {'out of date' if check else 'written'}\n")
-    return int(check and bool(stale))
+    old = {
+        path: text
+        for path, text in (drawings_of_cards() | drawings_of_zoo()).items()
+        if not path.is_file() or text != path.read_text(encoding="utf-8")
+    }
+    for path, text in old.items():
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{path.name}: {'out of date' if check else 'drawn'}\n")
+    return int(check and bool(stale or old))
 
 
 def _system(card: Card) -> list[str]:
     works = card.status == "works"
-    title = _text(card.title or "; ".join(card.papers))
-    facts = ", ".join(filter(None, (card.authors, card.venue, card.arxiv and f"arXiv {card.arxiv}")))
-    source = f"{title}. {_text(facts)}" if title and facts else title or _text(facts)
     lines = [f"### {card.name}", "", f"`{card.system}` · **{card.status}** · {_text(card.summary)}", ""]
-    if source:
-        lines += [f"{source}.".replace("..", "."), ""]
+    if source := _source(card):
+        lines += [source, ""]
     if works:
         lines += [f"In the code: {', '.join(f'`{name}`' for name in card.code)}.", ""]
     if card.errata:
@@ -119,6 +198,20 @@ def _system(card: Card) -> list[str]:
         ]
         lines.append("")
     return lines
+
+
+def _shared(names: list[str]) -> str:
+    """The words that all names begin with: `pvt_v2_b0`, `pvt_v2_b1` -> `pvt_v2`; a single name is its own."""
+    words = takewhile(lambda column: len(set(column)) == 1, zip(*(name.split("_") for name in names), strict=False))
+    return "_".join(column[0] for column in words)
+
+
+def _source(card: Card) -> str:
+    """Where a system was published, as a sentence."""
+    title = _text(card.title or "; ".join(card.papers))
+    facts = ", ".join(filter(None, (card.authors, card.venue, card.arxiv and f"arXiv {card.arxiv}")))
+    source = f"{title}. {_text(facts)}" if title and facts else title or _text(facts)
+    return f"{source}.".replace("..", ".") if source else ""
 
 
 def _default(value: object) -> str:

@@ -56,16 +56,16 @@ def about_models(names: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         found = entry(name)
-        channels, height, width = found.cfg["input_size"]
+        input_size = found.cfg["input_size"]
         with torch.device("meta"):
-            work = count(create_model(name), (channels, height, width))
+            work = count(create_model(name), input_size)
         variant = found.variant
         rows.append(
             {
                 "name": name,
                 "params": work.params,
                 "macs": work.macs,
-                "input": [height, width],
+                "input": list(input_size[1:]),  # height and width, behind the frames of a clip
                 "top1": variant.top1,
                 "note": variant.note,
                 "checkpoints": list(variant.checkpoints),

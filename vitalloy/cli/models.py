@@ -33,13 +33,12 @@ def models(
     for title in ("model", "params M", "MACs G", "input", "top-1 %", "checkpoints that load"):
         table.add_column(title, justify="left" if title in ("model", "checkpoints that load") else "right")
     for row in rows:
-        height, width = row["input"]
         note = f" ({row['note']})" if row["note"] else ""
         table.add_row(
             row["name"],
             f"{row['params'] / 1e6:.2f}",
             f"{row['macs'] / 1e9:.2f}",
-            f"{height}x{width}",
+            "x".join(map(str, row["input"])),
             "-" if row["top1"] is None else f"{row['top1']:.1f}",
             (", ".join(row["checkpoints"]) or "-") + note,
         )

@@ -27,6 +27,9 @@ def fuse(model: nn.Module) -> nn.Module:
             _fuse_neighbours(part)
         if callable(own := getattr(part, "fuse", None)):
             own()
+    for part in model.modules():
+        if isinstance(part, nn.Conv2d):  # the layout of the maps: a convolution need not reorder its weight each time
+            part.to(memory_format=torch.channels_last)
     return model
 
 

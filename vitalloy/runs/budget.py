@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -78,14 +79,23 @@ def choose_model(
         RecipeError: nothing fits; the nearest candidate is named.
     """
     side = max(img_size) if isinstance(img_size, tuple) else img_size
-    candidates = [
-        n for n in list_models() if (max(default_cfg(n)["input_size"]) <= SMALL_INPUT) == (side <= SMALL_INPUT)
-    ]
+    sizes = {name: default_cfg(name)["input_size"] for name in list_models()}
+    candidates = [n for n, s in sizes.items() if len(s) == 3 and (max(s) <= SMALL_INPUT) == (side <= SMALL_INPUT)]
     args = {"num_classes": num_classes, "img_size": img_size, "in_chans": recipe.in_chans}
-    table, shape = [], (recipe.in_chans, *(img_size if isinstance(img_size, tuple) else (img_size, img_size)))
-    for done, name in enumerate(candidates, start=1):
-        table.append(_measured(name, args, shape, budget))
-        reporter.advance(done, len(candidates))
+    shape = (recipe.in_chans, *(img_size if isinstance(img_size, tuple) else (img_size, img_size)))
+    table = sorted((_described(name, args, shape) for name in candidates), key=lambda row: row["macs"])
+    hopeless = math.inf  # multiply-accumulates from which on nothing can be fast enough
+    for done, row in enumerate(table, start=1):
+        if budget.size_mb is not None and row["size_mb"] > budget.size_mb:
+            row["note"] = "too large: not timed"
+        elif row["macs"] > hopeless:
+            row["note"] = "too much work: not timed"
+        else:
+            row["latency_ms"] = _latency(row["model"], args, shape)
+            row["fits"] = budget.fits(row["latency_ms"], row["size_mb"])
+            if budget.latency_ms is not None and row["latency_ms"] > 3 * budget.latency_ms:
+                hopeless = min(hopeless, 3 * row["macs"])
+        reporter.advance(done, len(table))
     fitting = [row for row in table if row["fits"]]
     if not fitting:
         known = [row for row in table if row["latency_ms"] is not None]
@@ -101,28 +111,27 @@ def choose_model(
     return {"asked": budget.asked, **limits, "table": table, "met": None}
 
 
-def _measured(name: str, args: dict[str, Any], shape: tuple[int, ...], budget: Budget) -> dict[str, Any]:
+def _described(name: str, args: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+    """A row of the table, not yet timed."""
     with torch.device("meta"):
-        params = sum(p.numel() for p in create_model(name, **args).parameters())
-    row = {
+        work = count(create_model(name, **args), shape)
+    return {
         "model": name,
-        "params": params,
-        "macs": None,
-        "size_mb": params * 4 / 1e6,
+        "params": work.params,
+        "macs": work.macs,
+        "size_mb": work.params * 4 / 1e6,
         "latency_ms": None,
         "published_top1": entry(name).variant.top1,
         "fits": False,
         "chosen": False,
-        "note": "too large: not timed",
+        "note": "",
     }
-    if budget.size_mb is not None and row["size_mb"] > budget.size_mb:
-        return row
+
+
+def _latency(name: str, args: dict[str, Any], shape: tuple[int, ...]) -> float:
     model, image = create_model(name, **args).eval(), torch.zeros(1, *shape)
     with torch.inference_mode():
-        time = measure(lambda: model(image), warmup=2, repeats=15, budget_s=1.5)
-    row.update(macs=count(model, shape).macs, latency_ms=time.median_ms, note="")
-    row["fits"] = budget.fits(row["latency_ms"], row["size_mb"])
-    return row
+        return measure(lambda: model(image), warmup=2, repeats=15, budget_s=1.5).median_ms
 
 
 def _excess(row: dict[str, Any], budget: Budget) -> float:
