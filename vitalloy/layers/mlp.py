@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vitalloy.layers.activations import QuickGELU
 from vitalloy.layers.streaming import may_stream, stream_mlp
 
 
@@ -28,6 +27,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape."""
         parts = (self.fc1, self.act, self.fc2)
-        if isinstance(self.act, nn.GELU | QuickGELU) and may_stream(x, *parts):
+        if may_stream(x, *parts):
             return stream_mlp(x, *parts)
         return self.fc2(self.act(self.fc1(x)))

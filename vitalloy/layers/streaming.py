@@ -37,7 +37,14 @@ def may_stream(x: Tensor, fc1: nn.Module, *others: nn.Module) -> bool:
     )
 
 
-def stream_mlp(x: Tensor, fc1: nn.Linear, act: nn.GELU | QuickGELU, fc2: nn.Linear) -> Tensor:
+def activate_(act: nn.Module, x: Tensor) -> Tensor:
+    """act(x), in place where PyTorch has that."""
+    if isinstance(act, nn.GELU):
+        return torch.ops.aten.gelu_(x, approximate=act.approximate)
+    return x.relu_() if isinstance(act, nn.ReLU) else act(x)
+
+
+def stream_mlp(x: Tensor, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear) -> Tensor:
     """fc2(act(fc1(x))) for x (..., C)."""
     rows = x.flatten(0, -2)
     out = rows.new_empty(len(rows), fc2.out_features)
@@ -47,7 +54,7 @@ def stream_mlp(x: Tensor, fc1: nn.Linear, act: nn.GELU | QuickGELU, fc2: nn.Line
     for piece, result in zip(rows.split(ROWS), out.split(ROWS), strict=True):
         wide = buffer[: len(piece)]
         torch.addmm(fc1.bias, piece, fc1.weight.t(), beta=scale, alpha=scale, out=wide)
-        wide = F.silu(wide, inplace=True) if quick else torch.ops.aten.gelu_(wide, approximate=act.approximate)
+        wide = F.silu(wide, inplace=True) if quick else activate_(act, wide)
         torch.addmm(fc2.bias, wide, fc2.weight.t(), alpha=1 / scale, out=result)
     return out.unflatten(0, x.shape[:-1])
 
@@ -56,9 +63,9 @@ def stream_conv_mlp(
     x: Tensor,
     grid: tuple[int, int],
     fc1: nn.Linear,
-    before: nn.Identity | nn.ReLU,
+    before: nn.Module,
     conv: nn.Conv2d,
-    act: nn.GELU,
+    act: nn.Module,
     fc2: nn.Linear,
 ) -> Tensor:
     """fc2(act(conv(before(fc1(x))))) for tokens x (B, N, C), the convolution on their grid; whole images at a time."""
@@ -69,9 +76,8 @@ def stream_conv_mlp(
     for piece, result in zip(x.split(group), out.split(group), strict=True):
         wide = buffer[: len(piece)]
         torch.addmm(fc1.bias, piece.flatten(0, 1), fc1.weight.t(), out=wide.flatten(0, 1))
-        if isinstance(before, nn.ReLU):
-            wide.relu_()
-        mixed = F.conv2d(to_map(wide, grid), conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
-        mixed = torch.ops.aten.gelu_(to_tokens(mixed).flatten(0, 1), approximate=act.approximate)
+        image = to_map(activate_(before, wide), grid)
+        mixed = F.conv2d(image, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
+        mixed = activate_(act, to_tokens(mixed).flatten(0, 1))
         torch.addmm(fc2.bias, mixed, fc2.weight.t(), out=result.flatten(0, 1))
     return out

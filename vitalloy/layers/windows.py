@@ -52,10 +52,13 @@ class Cut(NamedTuple):
             x = x.unflatten(0, (-1, len(self.order) // self.area)).flatten(1, 2).index_select(1, self.back)
         return x.unflatten(1, like.shape[1:3])
 
-    def bias(self, table: Tensor, batch: int) -> Tensor:
-        """What to add to the logits of `batch` windows: relative positions of (rows, heads) `table`, and the mask."""
+    def relative_bias(self, table: Tensor) -> Tensor:
+        """What relative positions add to the logits of any window, (1, heads, N, N), of a (rows, heads) table."""
         rows = table.index_select(0, self.relative).unflatten(0, (self.area, self.area))
-        bias = rows.permute(2, 0, 1).unsqueeze(0).contiguous()  # (1, heads, N, N)
+        return rows.permute(2, 0, 1).unsqueeze(0).contiguous()
+
+    def masked(self, bias: Tensor, batch: int) -> Tensor:
+        """`bias` (1, heads, N, N) and the mask: what to add to the logits of `batch` windows."""
         if self.mask is None:
             return bias
         bias = bias + self.mask
