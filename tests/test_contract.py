@@ -25,6 +25,8 @@ FAMILIES = {entry.cls.__name__: entry.cls for entry in registry._ENTRIES.values(
 REDUCED = {
     "ConViT": {"depth": 4, "local_depth": 2},
     "ConvNeXt": {"patch_size": 2, "depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "layer_scale": 0.1},
+    "DynamicHybridViT": {"embed_dim": 64, "depth": 3},
+    "FMViT": {"depths": (1, 1, 2, 1), "init_std": 0.055},
     "PyramidVisionTransformer": {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4)},
     "PyramidVisionTransformerV2": {"depths": (1, 1, 2, 1)},
     "SwinTransformer": {"depths": (2, 2, 1, 1)},
@@ -32,9 +34,30 @@ REDUCED = {
 }
 # forms of a family that take other paths through its code
 FORMS = {
+    "CASViT/distilled": {"distilled": True},
+    "ConvShareViT/no class token, same padding": {"class_token": False, "global_pool": "avg", "padding": "same"},
+    "ConvShareViT/unshared": {"shared": False, "depth": 3},
+    "CoSwin/no local branch": {"local_branch": False},
+    "CrossViT/average": {"global_pool": "avg"},
+    "DualTokenViT/perceptron": {
+        "mix": False,
+        "fusion": "local",
+        "layer_scale": 0.1,
+        "token_weight": 0.3,
+        "attn_norm": False,
+    },
+    "DuoFormer/channel": {"scale_token": "channel", "num_scales": 3, "head_norm": True},
+    "FMViT/other readings": {"mix": "both", "mixer": "grouped", "shared_kv": True, "identity": False},
+    "NextViT/dense": {"pooling": "square", "extra_norm": True, "depths": (1, 1, 2, 1), "init_std": 0.065},
+    "TransNeXt/linear": {"fixed_pool_size": 3, "position_mode": "interpolate"},
+    "UniFormer/scales and windows": {"layer_scale": 0.1, "attention": "hybrid", "window": 3},
+    "UniFormer/token labels": {"token_labels": True, "depths": (1, 1, 1, 1)},
+    "UniFormerLight/scales": {"layer_scale": 0.1},
+    "UniFormerVideo/divided": {"split": True, "std": True},
     "VisionTransformer/distilled": {"distilled": True},
     "VisionTransformer/avg": {"global_pool": "avg"},
     "CvT/no class token": {"class_token": False, "projection": "avg", "depths": (1, 1, 1)},
+    "VisionTransformer/anchored": {"anchored": True},
 }
 CASES = [*FAMILIES, *FORMS]
 
@@ -55,8 +78,22 @@ def side_of(case: str) -> int:
     return 64 if case.split("/")[0] == "PyramidVisionTransformer" else 32
 
 
+def frames_of(case: str) -> tuple[int, ...]:
+    """(frames,) for families that take clips, nothing for those that take images."""
+    family = case.split("/")[0]
+    sizes = [entry.cfg["input_size"] for entry in registry._ENTRIES.values() if entry.cls.__name__ == family]
+    return (4,) if len(sizes[0]) == 4 else ()
+
+
 def images(case: str, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, side_of(case), side_of(case), generator=torch.Generator().manual_seed(1))
+    shape = (batch, 3, *frames_of(case), side_of(case), side_of(case))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def answer(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Logits; the mean of both where a model gives two answers in training."""
+    logits = model(x)
+    return logits if isinstance(logits, torch.Tensor) else torch.stack(logits).mean(0)
 
 
 @pytest.fixture(params=CASES)
@@ -75,7 +112,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 def grad_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    model(x).square().sum().backward()
+    answer(model, x).square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -105,9 +142,9 @@ def test_intermediates(case):
     final, maps = model.forward_intermediates(x)
     info = model.feature_info
     assert torch.equal(final, model.forward_features(x))
-    side = x.shape[-1]
+    side, frames = x.shape[-1], [t // 2 for t in frames_of(case)]
     assert [tuple(m.shape) for m in maps] == [
-        (2, row["num_chs"], side // row["reduction"], side // row["reduction"]) for row in info
+        (2, row["num_chs"], *frames, side // row["reduction"], side // row["reduction"]) for row in info
     ]
     last_two = model.forward_intermediates(x, indices=2, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(last_two, maps[-2:], strict=True))
@@ -170,7 +207,7 @@ def test_gradient_checkpointing_changes_no_gradient(case):
     assert not missing, f"no gradient reaches {missing}"
     calls = []
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d):
             module.register_forward_hook(lambda *_: calls.append(1))
     state = {k: v.clone() for k, v in model.state_dict().items() if "running" in k or "tracked" in k}
     grad_of(model, x)
@@ -279,7 +316,7 @@ def test_names_that_weight_decay_spares_exist(case):
 def test_names_that_the_configuration_gives_exist(case):
     model = build(case)
     cfg = model.default_cfg
-    assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
+    assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv3d if frames_of(case) else nn.Conv2d)
     assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
     for row in model.feature_info:
         model.get_submodule(row["module"])
@@ -328,7 +365,7 @@ def test_a_few_steps_learn_a_batch(case):
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     losses = []
     for _ in range(8):
-        loss = nn.functional.cross_entropy(model(x), labels)
+        loss = nn.functional.cross_entropy(answer(model, x), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -339,9 +376,9 @@ def test_a_few_steps_learn_a_batch(case):
 @pytest.mark.parametrize("size", [(40, 56), (45, 70)])
 def test_another_input_size_runs(family, size):
     model = build(family).train()
-    x = torch.randn(2, 3, *(s * side_of(family) // 32 for s in size))
+    x = torch.randn(2, 3, *frames_of(family), *(s * side_of(family) // 32 for s in size))
     final, maps = model.forward_intermediates(x)
-    assert model(x).shape == (2, 5) and final.isfinite().all()
+    assert answer(model, x).shape == (2, 5) and final.isfinite().all()
     for row, level in zip(model.feature_info, maps, strict=True):
         wanted = [s / row["reduction"] for s in x.shape[-2:]]
         assert all(w - 1 < got < w + 1 for got, w in zip(level.shape[-2:], wanted, strict=True))

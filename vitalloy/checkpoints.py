@@ -23,7 +23,7 @@ from vitalloy.errors import CheckpointError, ModelError
 
 log = logging.getLogger("vitalloy")
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "module")
+_WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "module")
 _AVERAGED = ("model_ema", "state_dict_ema", "ema", "ema_state_dict")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "backbone.")
 _SHOWN = 8
@@ -164,7 +164,7 @@ def load_checkpoint(
 def _head_names(model: nn.Module) -> set[str]:
     found = getattr(model, "default_cfg", {}).get("classifier", "head")
     names = {found} if isinstance(found, str) else set(found)
-    names |= {"head", "head_dist"}
+    names |= {"head", "head_dist", "aux_head", "head_cls"}
     return {f"{n}.{leaf}" for n in names for leaf in ("weight", "bias")}
 
 

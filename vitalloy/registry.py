@@ -175,12 +175,13 @@ def _build(entry: Entry, pretrained: bool, **kwargs: Any) -> nn.Module:
         arch["img_size"] = entry.cfg["input_size"][-2:]
     cfg = dict(entry.cfg)
     side = cfg["input_size"][-2:] if size is None else _height_width(size)
+    frames = cfg["input_size"][1:-2]  # of clips; nothing for images
     cfg["input_size"] = (kwargs.get("in_chans", 3), *side)
     if pretrained:
         raise ModelError(
             f"{entry.name} has no weights on the hub; get the authors' file and load it with load_checkpoint."
         )
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         entry.cls,
         entry.name,
         pretrained=False,
@@ -188,6 +189,9 @@ def _build(entry: Entry, pretrained: bool, **kwargs: Any) -> nn.Module:
         feature_cfg={"feature_cls": "getter", "out_indices": entry.cls.default_out_indices},
         **arch,
     )
+    if frames:  # timm's builder knows images alone
+        model.pretrained_cfg["input_size"] = (cfg["input_size"][0], *frames, *side)
+    return model
 
 
 def _build_timm(name: str, pretrained: bool, size: tuple[int, int] | None, args: dict[str, Any]) -> nn.Module:

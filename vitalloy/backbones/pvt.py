@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitalloy.layers.backbone import Backbone, Level, drop_path_rates, init_weights
 from vitalloy.layers.mlp import Mlp
+from vitalloy.layers.polyphase import PolyphaseAnchor, PositionConv, anchor_input
 from vitalloy.layers.positions import resample_positions
 from vitalloy.layers.spatial_reduction import SpatialReductionAttention, fuse_keys_values
 from vitalloy.layers.tokens import to_map, to_tokens
@@ -103,6 +104,7 @@ class PyramidVisionTransformer(Backbone):
         embed_dims, num_heads, reductions, mlp_ratios, depths: one entry a stage.
         class_token: False makes the dense form. The last stage's table keeps its first row, the class token's, in
             both forms, as in the published files.
+        anchored: a shift-equivariant form of ours, see `anchor_phases`.
         global_pool: "token", "avg", ...; by default the class token where there is one, else the mean.
     """
 
@@ -122,6 +124,7 @@ class PyramidVisionTransformer(Backbone):
         depths: Sequence[int] = (2, 2, 2, 2),
         qkv_bias: bool = True,
         class_token: bool = True,
+        anchored: bool = False,
         global_pool: str | None = None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -158,19 +161,42 @@ class PyramidVisionTransformer(Backbone):
             trunc_normal_(self.cls_token, std=0.02)
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
         self.apply(init_weights)
+        self.anchored = False
+        if anchored:
+            self.anchor_phases()
         self.build_head(num_classes, global_pool or ("token" if class_token else "avg"), drop_rate)
+
+    @torch.no_grad()
+    def anchor_phases(self) -> None:
+        """Become shift-equivariant, in place: anchors before patches and reductions, convolutions for tables.
+
+        The patches lose their positions, so trained weights need fine-tuning. `layers/polyphase.py` has the limits.
+        """
+        self.anchored = True
+        if self.cls_token is not None:
+            self.cls_token += self.pos_embed4[:, :1]
+        for i in range(self.num_stages):
+            embed, table = self.get_submodule(f"patch_embed{i + 1}"), self.get_parameter(f"pos_embed{i + 1}")
+            anchor_input(embed, PolyphaseAnchor(embed.proj.stride))
+            for block in self.get_submodule(f"block{i + 1}"):
+                if block.attn.sr is not None:
+                    anchor_input(block, PolyphaseAnchor(block.attn.sr.stride))
+            delattr(self, f"pos_embed{i + 1}")
+            positions = PositionConv(table.shape[-1], circular=True).start_empty()
+            self.register_module(f"pos_conv{i + 1}", positions.to(table))
 
     def forward_levels(self, x: Tensor, take: Collection[int], stop: int, norm: bool) -> tuple[Tensor, list[Level]]:
         levels = []
         for i in range(min(stop, self.num_stages)):
             x, grid = self.get_submodule(f"patch_embed{i + 1}")(x)
             last = i == 3
-            positions = self.positions(i, grid)
+            if self.anchored:
+                x = self.get_submodule(f"pos_conv{i + 1}")(x, grid)
             if last and self.cls_token is not None:
                 x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-            elif last:
-                positions = positions[:, 1:]
-            x = x + positions
+            if not self.anchored:
+                positions = self.positions(i, grid)
+                x = x + (positions[:, 1:] if last and self.cls_token is None else positions)
             for block in self.get_submodule(f"block{i + 1}"):
                 x = self.run(block, x, grid)
             prefix = self.num_prefix_tokens if last else 0
@@ -194,7 +220,7 @@ class PyramidVisionTransformer(Backbone):
 
     def prune_levels(self, keep: int, prune_norm: bool) -> None:
         for i in range(keep, self.num_stages):
-            for part in ("patch_embed", "pos_embed", "block"):
+            for part in ("patch_embed", "pos_conv" if self.anchored else "pos_embed", "block"):
                 delattr(self, f"{part}{i + 1}")
         if keep < self.num_stages:
             self.cls_token = None
@@ -208,13 +234,14 @@ class PyramidVisionTransformer(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict:
         """How layer-wise learning rates group the parameters."""
         if coarse:
-            blocks = [(r"^(?:patch_embed|pos_embed|block)(\d)", None), (r"^cls_token", (4,)), (r"^norm", (99999,))]
-            return {"stem": r"^patch_embed1|pos_embed1", "blocks": blocks}
+            blocks = [(r"^(?:patch_embed|pos_(?:embed|conv)|block)(\d)", None), (r"^cls_token", (4,))]
+            blocks.append((r"^norm", (99999,)))
+            return {"stem": r"^patch_embed1|pos_(?:embed|conv)1", "blocks": blocks}
         return {
-            "stem": r"^patch_embed1|pos_embed1",
+            "stem": r"^patch_embed1|pos_(?:embed|conv)1",
             "blocks": [
                 (r"^block(\d)\.(\d+)", None),
-                (r"^(?:patch_embed|pos_embed)(\d)", (0,)),
+                (r"^(?:patch_embed|pos_(?:embed|conv))(\d)", (0,)),
                 (r"^cls_token", (4, 0)),
                 (r"^norm", (99999,)),
             ],
@@ -222,7 +249,7 @@ class PyramidVisionTransformer(Backbone):
 
     def reshape_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = fuse_keys_values(state)
-        for i in range(self.num_stages):
+        for i in range(0 if self.anchored else self.num_stages):
             name = f"pos_embed{i + 1}"
             if name in state and state[name].shape != self.get_parameter(name).shape:
                 state[name] = resample_positions(

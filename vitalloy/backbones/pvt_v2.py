@@ -14,6 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vitalloy.layers.backbone import drop_path_rates, init_convolution, init_weights
+from vitalloy.layers.polyphase import CircularConv2d, PolyphaseAnchor, anchor_input
 from vitalloy.layers.pyramid import Pyramid
 from vitalloy.layers.spatial_reduction import SpatialReductionAttention, fuse_keys_values
 from vitalloy.layers.streaming import may_stream, stream_conv_mlp
@@ -117,6 +118,7 @@ class PyramidVisionTransformerV2(Pyramid):
         embed_dims, num_heads, reductions, mlp_ratios, depths: one entry a stage.
         patch_stride: stride of the first stage; 2 suits small images.
         linear: keys and values from 7x7 averaged cells in every stage, at a cost linear in the number of pixels.
+        anchored: a shift-equivariant form of ours, see `anchor_phases`.
         global_pool: "avg", "max" or "".
     """
 
@@ -138,6 +140,7 @@ class PyramidVisionTransformerV2(Pyramid):
         patch_stride: int = 4,
         linear: bool = False,
         qkv_bias: bool = True,
+        anchored: bool = False,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -155,7 +158,27 @@ class PyramidVisionTransformerV2(Pyramid):
             self.add_stage(embed, blocks, nn.LayerNorm(dim, eps=1e-6), dim, patch_stride * 2**i)
         self.apply(init_weights)
         self.apply(init_convolution)
+        self.anchored = False
+        if anchored:
+            self.anchor_phases()
         self.build_head(num_classes, global_pool, drop_rate)
+
+    def anchor_phases(self) -> None:
+        """Become shift-equivariant, in place: anchors before patches and reductions, circular convolutions.
+
+        The weights stay; those of a trained model saw zeros at the border. `layers/polyphase.py` has the limits.
+        """
+        self.anchored = True
+        for i in range(1, self.num_stages + 1):
+            embed = self.get_submodule(f"patch_embed{i}")
+            anchor_input(embed, PolyphaseAnchor(embed.proj.stride))
+            embed.proj = CircularConv2d.of(embed.proj)
+            for block in self.get_submodule(f"block{i}"):
+                if block.attn.pool is not None:
+                    anchor_input(block, PolyphaseAnchor(cells=block.attn.pool.output_size))
+                elif block.attn.sr is not None:
+                    anchor_input(block, PolyphaseAnchor(block.attn.sr.stride))
+                block.mlp.dwconv = CircularConv2d.of(block.mlp.dwconv)
 
     def reshape_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return fuse_keys_values(state)

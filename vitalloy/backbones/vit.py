@@ -7,6 +7,10 @@
 Loads the authors' DeiT files and timm's ViT/DeiT files of the same shape; the parameter names are theirs. A model with
 another grid resizes the position table (bicubic with antialiasing, as timm does) at loading, and for an input of
 another size in the forward pass. The authors' own fine-tuning at 384 resized without antialiasing.
+
+PolyViT is the shift-equivariant form (`anchored=True`): "Reviving Shift Equivariance in Vision Transformers", Ding et
+al., 2023, arXiv 2306.07470; see `layers/polyphase.py` for what is guaranteed. Its position convolution starts at zero
+(our choice), and `drop_rate` acts before the classifier only.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from vitalloy.layers.attention import SelfAttention
-from vitalloy.layers.backbone import Backbone, Level, drop_path_rates, init_weights
+from vitalloy.layers.backbone import Level, drop_path_rates, init_weights
+from vitalloy.layers.distilled_head import DistilledHead
 from vitalloy.layers.mlp import Mlp
 from vitalloy.layers.patch_embed import PatchEmbed
+from vitalloy.layers.polyphase import AnchoredPatchEmbed, PositionConv
 from vitalloy.layers.positions import resample_positions
 from vitalloy.layers.tokens import to_map
 from vitalloy.registry import Variant, register
@@ -44,11 +50,13 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class VisionTransformer(Backbone):
+class VisionTransformer(DistilledHead):
     """ViT / DeiT.
 
     Args:
         img_size: the (height, width) or side that the position table is made for; other inputs resize it.
+        anchored: the shift-equivariant form, PolyViT: patches of the image's strongest phase, normalised, and a
+            circular position convolution in place of the table.
         distilled: a distillation token and a second head. In training after `set_distilled_training(True)` the
             model returns (class logits, distillation logits); otherwise their mean.
         global_pool: "token" (final norm, then the class token) or "avg" (mean of the patches, then `fc_norm`).
@@ -59,6 +67,7 @@ class VisionTransformer(Backbone):
         (r"^(?:backbone|encoder)\.(.+)", r"\1"),
     )
     default_out_indices = 3
+    shared_features = False  # the heads read a token each
 
     def __init__(
         self,
@@ -72,6 +81,7 @@ class VisionTransformer(Backbone):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         distilled: bool = False,
+        anchored: bool = False,
         global_pool: str = "token",
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -82,7 +92,7 @@ class VisionTransformer(Backbone):
         self.grid = (height // patch_size, width // patch_size)
         if not all(self.grid):
             raise ValueError(f"img_size={img_size} is smaller than one patch of {patch_size}")
-        self.patch_size, self.distilled, self.distilled_training = patch_size, distilled, False
+        self.patch_size, self.distilled = patch_size, distilled
         self.num_features = self.embed_dim = embed_dim
         self.num_prefix_tokens = 2 if distilled else 1
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
@@ -90,6 +100,7 @@ class VisionTransformer(Backbone):
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None
         rows = self.num_prefix_tokens + self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, embed_dim))
+        self.pos_conv: nn.Module | None = None
         self.norm_pre = nn.Identity()  # where hooks see the token sequence that enters the blocks
         rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
@@ -105,21 +116,30 @@ class VisionTransformer(Backbone):
             if table is not None:
                 trunc_normal_(table, std=0.02)
         self.apply(init_weights)
+        self.anchored = False
+        if anchored:
+            self.anchor_phases()
         self.build_head(num_classes, global_pool, drop_rate)
 
-    def build_head(self, num_classes: int, global_pool: str, drop_rate: float = 0.0) -> None:
-        super().build_head(num_classes, global_pool, drop_rate)
-        self.head_dist = self.make_classifier(num_classes) if self.distilled else None
-
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """Return both heads' logits in training, for a distillation loss."""
-        self.distilled_training = enable
+    @torch.no_grad()
+    def anchor_phases(self) -> None:
+        """Become shift-equivariant, in place. The patches lose their positions, so trained weights need fine-tuning."""
+        self.anchored = True
+        old, table = self.patch_embed.proj, self.pos_embed
+        self.patch_embed = AnchoredPatchEmbed(self.patch_size, old.in_channels, self.embed_dim).to(table)
+        self.patch_embed.proj = old
+        self.pos_conv, self.pos_embed = PositionConv(self.embed_dim, circular=True).start_empty().to(table), None
+        for token, position in zip((self.cls_token, self.dist_token), table.unbind(1), strict=False):
+            if token is not None:
+                token += position  # what these tokens were in the sequence they stay
 
     def forward_levels(self, x: Tensor, take: Collection[int], stop: int, norm: bool) -> tuple[Tensor, list[Level]]:
         x, grid = self.patch_embed(x)
+        if self.pos_conv is not None:
+            x = self.pos_conv(x, grid)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token) if t is not None]
         x = torch.cat([*prefix, x], dim=1)
-        x = self.norm_pre(x + self.positions(grid))
+        x = self.norm_pre(x if self.pos_embed is None else x + self.positions(grid))
         levels = []
         for i, block in enumerate(self.blocks[:stop]):
             x = self.run(block, x)
@@ -139,10 +159,7 @@ class VisionTransformer(Backbone):
         tokens = self.head_drop(x[:, :2])
         if pre_logits:
             return tokens.mean(1)
-        by_class, by_teacher = self.head(tokens[:, 0]), self.head_dist(tokens[:, 1])
-        if self.distilled_training and self.training:
-            return by_class, by_teacher
-        return (by_class + by_teacher) / 2
+        return self.answer(tokens[:, 0], tokens[:, 1])
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table for a patch grid, (1, prefix + N, D)."""
@@ -154,18 +171,18 @@ class VisionTransformer(Backbone):
             self.norm = nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
-        return {"cls_token", "dist_token", "pos_embed"}
+        return {"cls_token", "dist_token"} | (set() if self.anchored else {"pos_embed"})
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """How layer-wise learning rates group the parameters."""
         return {
-            "stem": r"^cls_token|dist_token|pos_embed|patch_embed",
+            "stem": r"^cls_token|dist_token|pos_embed|pos_conv|patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     def reshape_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         table = state.get("pos_embed")
-        if table is not None and table.shape != self.pos_embed.shape:
+        if table is not None and self.pos_embed is not None and table.shape != self.pos_embed.shape:
             state["pos_embed"] = resample_positions(table, self.grid, prefix=self.num_prefix_tokens)
         return state
 
@@ -211,5 +228,7 @@ VARIANTS = {
     "vit_base_patch16_224": Variant(_base(), cfg=_AUGREG),
     "vit_base_patch32_224": Variant(_base(patch_size=32), cfg=_AUGREG),
     "vit_large_patch16_224": Variant({"embed_dim": 1024, "depth": 24, "num_heads": 16}, cfg=_AUGREG),
+    "polyvit_small_patch16_224": Variant(_small(anchored=True), cfg={**_AUGREG, "crop_pct": 0.875}),
+    "polyvit_base_patch16_224": Variant(_base(anchored=True), cfg={**_AUGREG, "crop_pct": 0.875}),
 }
 register(VisionTransformer, VARIANTS)
