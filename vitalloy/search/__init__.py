@@ -1,0 +1,1 @@
+"""Designing or finding an architecture: one method a file."""
