@@ -65,6 +65,13 @@ PEERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "deit_small_patch16_224": ("timm", timm_model("deit_small_patch16_224")),
     "pvt_v2_b2_li": ("timm", timm_model("pvt_v2_b2_li")),
     "pvt_v2_b2": ("timm", timm_model("pvt_v2_b2")),
+    "twins_pcpvt_small": ("timm", timm_model("twins_pcpvt_small")),
+    "twins_svt_small": ("timm", timm_model("twins_svt_small")),
+    "crossvit_9_dagger_224": ("timm", timm_model("crossvit_9_dagger_240")),
+    "crossvit_small_224": ("timm", timm_model("crossvit_small_240")),
+    "nextvit_small": ("timm", timm_model("nextvit_small")),
+    "efficientformer_l1": ("timm", timm_model("efficientformer_l1")),
+    "efficientformerv2_s0": ("timm", timm_model("efficientformerv2_s0")),
 }
 SIZES: dict[str, tuple[int, int, int]] = {}  # inputs that are not 3 x 224 x 224
 for _file in sorted((ROOT / "benchmarks" / "reference").glob("*.py")):

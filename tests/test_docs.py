@@ -54,9 +54,23 @@ def commands(page: Path) -> list[list[str]]:
 # ---- what is generated
 
 
-@pytest.mark.parametrize("name", ["recipe", "systems"])
+@pytest.mark.parametrize("name", ["recipe", "systems", "architectures"])
 def test_generated_parts_are_up_to_date(name):
     assert part(name) == gallery.PARTS[name](), "run `python docs/gallery.py`"
+
+
+def test_drawings_are_up_to_date():
+    for path, text in gallery.drawings_of_cards().items():
+        assert path.read_text(encoding="utf-8") == text, "run `python docs/gallery.py`"
+
+
+def test_the_zoo_shows_every_family():
+    from vitalloy.registry import entry, list_models
+
+    published = [name for name in list_models() if entry(name).variant.top1 is not None]
+    for family in set(gallery.zoo_families(published).values()):
+        for picture in ("zoo_parameters.svg", "zoo_latency.svg"):
+            assert f">{family}</text>" in (DOCS / "pictures" / picture).read_text(encoding="utf-8"), family
 
 
 def test_table_of_models_is_up_to_date():
