@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import vitalloy
+from vitalloy.benchmark import measure
 from vitalloy.errors import VitalloyError
 from vitalloy.search.slimming import Choice, Stage, actions, arch, importance, joint_score, latency, latency_table, slim
 
@@ -56,7 +57,9 @@ def test_a_design_becomes_a_model():
 
 
 def test_the_table_is_measured_for_every_stage_kind_and_width():
-    table = latency_table([(14, 14), (7, 7)], [(16, 64), (32,)], repeats=5, warmup=1)
+    table = latency_table(
+        [(14, 14), (7, 7)], [(16, 64), (32,)], lambda call: measure(call, warmup=1, repeats=5).median_ms
+    )
     assert set(table) == {(0, k, w) for k in ("pool", "attention") for w in (16, 64)} | {
         (1, k, 32) for k in ("pool", "attention")
     }

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from vitalloy.layers.attention import Attend, SelfAttention, fitting_heads, merge_heads, split_heads
+from vitalloy.layers.attention import Attend, fitting_heads, merge_heads, split_heads
 from vitalloy.layers.backbone import Backbone, Level, init_weights
-from vitalloy.layers.mlp import Mlp
 from vitalloy.layers.patch_embed import PatchEmbed
 from vitalloy.layers.positions import resample_positions
 from vitalloy.layers.tokens import to_map, to_tokens
+from vitalloy.layers.transformer_block import TransformerBlock
 from vitalloy.registry import Variant, register
 
 if TYPE_CHECKING:
@@ -59,24 +59,6 @@ class ConvPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Pair]:
         return super().forward(x.contiguous(memory_format=torch.channels_last))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and perceptron, each with a residual."""
-
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, attn_drop: float, drop_path: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SelfAttention(dim, num_heads, qkv_bias, attn_drop)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class CrossAttention(nn.Module):
@@ -138,7 +120,7 @@ class MultiScaleBlock(nn.Module):
             self.blocks.append(
                 nn.Sequential(
                     *(
-                        Block(dim, heads, ratio, qkv_bias, attn_drop, rates[min(i, len(rates) - 1)])
+                        TransformerBlock(dim, heads, ratio, qkv_bias, attn_drop, rates[min(i, len(rates) - 1)])
                         for i in range(depth[b])
                     )
                 )

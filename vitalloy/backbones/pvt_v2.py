@@ -14,25 +14,13 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vitalloy.layers.backbone import drop_path_rates, init_convolution, init_weights
+from vitalloy.layers.patch_embed import OverlapPatchEmbed
 from vitalloy.layers.polyphase import CircularConv2d, PolyphaseAnchor, anchor_input
 from vitalloy.layers.pyramid import Pyramid
 from vitalloy.layers.spatial_reduction import SpatialReductionAttention, fuse_keys_values
 from vitalloy.layers.streaming import may_stream, stream_conv_mlp
 from vitalloy.layers.tokens import to_map, to_tokens
 from vitalloy.registry import Variant, register
-
-
-class OverlapPatchEmbed(nn.Module):
-    """Projects and normalises overlapping patches of side 2 * stride - 1: (B, C, H, W) -> (B, N, D) and their grid."""
-
-    def __init__(self, stride: int, in_chans: int, embed_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, 2 * stride - 1, stride, padding=stride - 1)
-        self.norm = nn.LayerNorm(embed_dim)  # eps 1e-5, where the blocks have 1e-6
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.proj(x)
-        return self.norm(to_tokens(x)), x.shape[-2:]
 
 
 class ConvMlp(nn.Module):

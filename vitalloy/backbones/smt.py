@@ -29,6 +29,7 @@ from vitalloy.layers.backbone import drop_path_rates, init_convolution, init_wei
 from vitalloy.layers.conv_norm import ConvNorm
 from vitalloy.layers.fusion import fold_norm, fold_scale
 from vitalloy.layers.mlp import Mlp
+from vitalloy.layers.patch_embed import OverlapPatchEmbed
 from vitalloy.layers.pyramid import Pyramid
 from vitalloy.layers.streaming import may_stream, stream_conv_mlp
 from vitalloy.layers.tokens import to_map, to_tokens
@@ -49,19 +50,6 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x = self.proj(self.conv(x.contiguous(memory_format=torch.channels_last)))
-        return self.norm(to_tokens(x)), x.shape[-2:]
-
-
-class PatchEmbed(nn.Module):
-    """Projects and normalises overlapping 3x3 patches: (B, C, H, W) -> (B, N, D) and their grid, half as wide."""
-
-    def __init__(self, in_chans: int, embed_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, 3, 2, padding=1)
-        self.norm = nn.LayerNorm(embed_dim)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.proj(x)
         return self.norm(to_tokens(x)), x.shape[-2:]
 
 
@@ -327,7 +315,9 @@ class ScaleAwareModulationTransformer(Pyramid):
                 )
                 for j in range(depths[i])
             ]
-            embed = PatchEmbed(embed_dims[i - 1], dim) if i else Stem(in_chans, dim, stem_kernel, patch_stride // 2)
+            embed: nn.Module = OverlapPatchEmbed(2, embed_dims[i - 1], dim)
+            if not i:
+                embed = Stem(in_chans, dim, stem_kernel, patch_stride // 2)
             self.add_stage(embed, blocks, nn.LayerNorm(dim, eps=1e-6), dim, patch_stride * 2**i)
         self.apply(init_weights)
         self.apply(init_convolution)

@@ -23,23 +23,11 @@ from torch import Tensor, nn
 from vitalloy.layers.attention import Attend, fitting_heads, merge_heads
 from vitalloy.layers.backbone import drop_path_rates, init_convolution, init_weights
 from vitalloy.layers.focal import FocalAttend, Pair, PositionBias, Views
+from vitalloy.layers.patch_embed import OverlapPatchEmbed
 from vitalloy.layers.pyramid import Pyramid
 from vitalloy.layers.streaming import GROUP, activate_, may_stream
 from vitalloy.layers.tokens import to_map, to_tokens
 from vitalloy.registry import Variant, register
-
-
-class PatchEmbed(nn.Module):
-    """Projects and normalises overlapping patches of side 2 * stride - 1: (B, C, H, W) -> (B, N, D) and their grid."""
-
-    def __init__(self, stride: int, in_chans: int, embed_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, 2 * stride - 1, stride, padding=stride - 1)
-        self.norm = nn.LayerNorm(embed_dim)  # eps 1e-5, where the blocks have 1e-6
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Pair]:
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(to_tokens(x)), x.shape[-2:]
 
 
 class LengthScale(nn.Module):
@@ -250,7 +238,7 @@ class TransNeXt(Pyramid):
                 )
                 for _ in range(depths[i])
             ]
-            self.add_stage(PatchEmbed(stride, width, dim), blocks, nn.LayerNorm(dim, eps=1e-6), dim, total)
+            self.add_stage(OverlapPatchEmbed(stride, width, dim), blocks, nn.LayerNorm(dim, eps=1e-6), dim, total)
         self.apply(init_weights)
         self.apply(init_convolution)
         self.build_head(num_classes, global_pool, drop_rate)

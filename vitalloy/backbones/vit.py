@@ -18,36 +18,17 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from vitalloy.layers.attention import SelfAttention
 from vitalloy.layers.backbone import Level, drop_path_rates, init_weights
 from vitalloy.layers.distilled_head import DistilledHead
-from vitalloy.layers.mlp import Mlp
 from vitalloy.layers.patch_embed import PatchEmbed
 from vitalloy.layers.polyphase import AnchoredPatchEmbed, PositionConv
 from vitalloy.layers.positions import resample_positions
 from vitalloy.layers.tokens import to_map
+from vitalloy.layers.transformer_block import TransformerBlock
 from vitalloy.registry import Variant, register
-
-
-class Block(nn.Module):
-    """Pre-norm attention and perceptron, each with a residual."""
-
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, attn_drop: float, drop_path: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SelfAttention(dim, num_heads, qkv_bias, attn_drop)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(DistilledHead):
@@ -59,7 +40,9 @@ class VisionTransformer(DistilledHead):
             circular position convolution in place of the table.
         distilled: a distillation token and a second head. In training after `set_distilled_training(True)` the
             model returns (class logits, distillation logits); otherwise their mean.
-        global_pool: "token" (final norm, then the class token) or "avg" (mean of the patches, then `fc_norm`).
+        global_pool: "token" (the class token), or "avg", "max", "gem", "ggem" of the patches.
+        norm_pooled: norm what was pooled (`fc_norm`) instead of the tokens before it; when not given, with "avg" and
+            "max" alone.
     """
 
     key_table = (
@@ -83,6 +66,7 @@ class VisionTransformer(DistilledHead):
         distilled: bool = False,
         anchored: bool = False,
         global_pool: str = "token",
+        norm_pooled: bool | None = None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -104,9 +88,9 @@ class VisionTransformer(DistilledHead):
         self.norm_pre = nn.Identity()  # where hooks see the token sequence that enters the blocks
         rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, attn_drop_rate, rate) for rate in rates
+            TransformerBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, attn_drop_rate, rate) for rate in rates
         )
-        pooled = global_pool in ("avg", "max")
+        pooled = global_pool in ("avg", "max") if norm_pooled is None else norm_pooled
         self.norm = nn.Identity() if pooled else nn.LayerNorm(embed_dim, eps=1e-6)
         self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if pooled else nn.Identity()
         self.feature_info = [

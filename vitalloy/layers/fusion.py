@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 Linear = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -28,8 +29,8 @@ def fuse(model: nn.Module) -> nn.Module:
         if callable(own := getattr(part, "fuse", None)):
             own()
     for part in model.modules():
-        if isinstance(part, nn.Conv2d):  # the layout of the maps: a convolution need not reorder its weight each time
-            part.to(memory_format=torch.channels_last)
+        if isinstance(part, nn.Conv2d | nn.Conv3d):  # laid out as the maps are, or every call reorders the weight
+            part.to(memory_format=_LAYOUT[part.weight.ndim])
     return model
 
 

@@ -50,10 +50,6 @@ class PatchEmbed(nn.Module):
         x = self.proj(channels_last(x))
         return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
-    def fuse(self) -> None:
-        """Order the kernel in memory as the maps are; otherwise each call does so."""
-        self.proj.to(memory_format=LAYOUT[self.proj.weight.ndim])
-
 
 class ConvEmbed(nn.Module):
     """Overlapping patches: 3x3 convolutions, a batch norm behind each and GELU between them.

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from vitalloy.backbones.efficientformer import Attention, AttentionBlock, PoolMixing
-from vitalloy.benchmark.latency import measure
 from vitalloy.errors import VitalloyError
 from vitalloy.layers.mobile import MixingBlock
 
@@ -88,14 +87,17 @@ def block(kind: str, width: int, grid: tuple[int, int]) -> nn.Module:
 
 
 def latency_table(
-    grids: Sequence[tuple[int, int]], widths: Sequence[Sequence[int]], kinds: Sequence[str] = KINDS, **timing: Any
+    grids: Sequence[tuple[int, int]],
+    widths: Sequence[Sequence[int]],
+    measure: Callable[[Callable[[], Any]], float],
+    kinds: Sequence[str] = KINDS,
 ) -> dict[tuple[int, str, int], float]:
     """Measured milliseconds of one block on one image, by stage, kind and width.
 
     Args:
         grids: (H, W) of each stage's map.
         widths: for each stage, the widths that may be asked for.
-        timing: arguments of `vitalloy.benchmark.latency.measure`.
+        measure: the milliseconds that a call takes, such as `lambda call: vitalloy.benchmark.measure(call).median_ms`.
     """
     table = {}
     for stage, (grid, sizes) in enumerate(zip(grids, widths, strict=True)):
@@ -103,7 +105,7 @@ def latency_table(
             for width in sizes:
                 module = block(kind, width, grid).eval()
                 x = torch.randn(1, width, *grid).contiguous(memory_format=torch.channels_last)
-                table[stage, kind, width] = measure(_call(module, x), **timing).median_ms
+                table[stage, kind, width] = measure(_call(module, x))
     return table
 
 
