@@ -15,6 +15,7 @@ from torch import nn
 
 import vitalloy
 from vitalloy import registry
+from vitalloy.deployment import export_onnx, verify_onnx
 from vitalloy.layers import fusion, streaming
 from vitalloy.layers.tokens import to_tokens
 
@@ -240,6 +241,14 @@ def test_export_with_a_free_batch(case):
         assert close(program(more), model(more))
 
 
+def test_onnx_files_take_any_batch_and_agree(family, tmp_path):
+    """What is written is the folded form; it is held against the model as it is."""
+    model, x = build(family).eval(), images(family)
+    exported = export_onnx(model, x, tmp_path / "model.onnx")
+    found = verify_onnx(model, exported.path, [images(family, 3), x[:1]], tolerance=1e-3)
+    assert found.images == 4 and not getattr(model, "fused", False)
+
+
 def test_trace(case):
     model, x = build(case).eval(), images(case)
     traced = torch.jit.trace(model, x, check_trace=False)
@@ -310,7 +319,8 @@ def test_names_that_weight_decay_spares_exist(case):
     tokens = ("cls_token", "dist_token")
     assert {name for name in spared if not name.endswith(tokens)} <= names
     assert {name for name in names if name.endswith(tokens)} <= spared
-    assert not any(name.endswith((".weight", ".bias")) for name in spared)
+    listed = [name for name in spared if name.endswith((".weight", ".bias"))]
+    assert not any(model.get_parameter(name).ndim < 2 for name in listed), "these are spared without being named"
 
 
 def test_names_that_the_configuration_gives_exist(case):

@@ -115,7 +115,7 @@ def test_what_weight_decay_spares():
     model = vitalloy.create_model("transnext_nano")
     spared = model.no_weight_decay()
     assert "block1.0.attn.scale.temperature" in spared and "block4.0.attn.scale.query_embedding" in spared
-    assert "block1.0.attn.position_bias.local" in spared
+    assert {f"block1.0.attn.position_bias.{part}" for part in ("local", "fc1.weight", "fc2.weight")} <= spared
 
 
 def test_bad_arguments_are_refused():

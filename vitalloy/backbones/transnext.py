@@ -6,8 +6,8 @@ author's classification and dense-prediction files.
 Departures: one class for classification and dense prediction, for any input size, rectangles too. What each token sees,
 the length of its attention and the coordinates are made for the grid that comes in; those of the build size are kept.
 The published classifier runs at its build size only. A pooled grid has at least one cell and, where its size is fixed,
-no more cells a side than the map; the published code refuses such sizes. The weights of the perceptron that makes
-position biases decay in training; the author spares them. The four feature maps are the normalised ones, as published.
+no more cells a side than the map; the published code refuses such sizes. The four feature maps are the normalised
+ones, as published.
 """
 
 from __future__ import annotations
@@ -244,7 +244,13 @@ class TransNeXt(Pyramid):
         self.build_head(num_classes, global_pool, drop_rate)
 
     def no_weight_decay(self) -> set[str]:
-        spared = ("temperature", "query_embedding", "position_bias.local")
+        spared = (
+            "temperature",
+            "query_embedding",
+            "position_bias.local",
+            "position_bias.fc1.weight",
+            "position_bias.fc2.weight",
+        )
         return {name for name, _ in self.named_parameters() if name.endswith(spared)}
 
     def reshape_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from vitalloy.errors import ExportError
 from vitalloy.layers.backbone import Backbone
+from vitalloy.layers.fusion import fuse
 
 
 @contextlib.contextmanager
@@ -33,8 +34,11 @@ def at_rest(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def deployable(model: nn.Module) -> nn.Module:
-    """What to write into a file: a copy with norms and scales folded where the model knows how, else the model."""
-    return copy.deepcopy(model).fuse() if isinstance(model, Backbone) else model
+    """What to write into a file: a copy with norms and scales folded if there is a backbone of ours, else the model."""
+    if isinstance(model, Backbone):
+        return copy.deepcopy(model).fuse()
+    ours = any(isinstance(part, Backbone) for part in model.modules())
+    return fuse(copy.deepcopy(model)) if ours else model
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape."""
         parts = (self.fc1, self.act, self.fc2)
-        if may_stream(x, *parts):
+        # a ReLU works in place, so that there is no second wide map to avoid
+        if not isinstance(self.act, nn.ReLU) and may_stream(x, *parts):
             return stream_mlp(x, *parts)
         return self.fc2(self.act(self.fc1(x)))

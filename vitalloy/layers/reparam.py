@@ -109,7 +109,7 @@ class MultiGroupLinear(nn.Module):
 
 
 class ChannelScale(nn.Conv2d):
-    """A depth-wise 1x1 convolution, as the product that it is: on CPUs PyTorch would call a kernel for every channel."""
+    """A depth-wise 1x1 convolution, as the product that it is: on CPUs PyTorch calls a kernel for every channel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 1, groups=dim, bias=False)

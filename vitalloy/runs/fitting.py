@@ -290,7 +290,10 @@ def _settle(
         reporter.result(f"chose {model} of {len(chosen['table'])} models")
         recipe = recipe.with_overrides({"model": model})
     model = recipe.choose_model(splits.native_size)
-    return recipe.with_overrides({"model": model}).resolve(*facts, default_cfg(model)), chosen
+    cfg = default_cfg(model)
+    if len(cfg["input_size"]) != 3:
+        raise RecipeError(f"{model} takes clips, and {splits.name} holds single images; choose a model for images.")
+    return recipe.with_overrides({"model": model}).resolve(*facts, cfg), chosen
 
 
 def _build(recipe: Recipe, num_classes: int) -> nn.Module:
