@@ -174,7 +174,8 @@ def page(result: dict[str, Any]) -> str:
         "faster; the time in brackets is ours, fused. *Limit* is the share of the machine's own matrix-product rate "
         "that the forward pass reaches (ours fused / peer), measured in the same run. *Memory* is the peak above the "
         f"start at batch 16, in MB (ours / peer). The training step has batch {TRAIN_BATCH} and AdamW. "
-        "`make bench` writes this page.",
+        "DeiT as it is and fused is the same computation, so the gap between its two ratios shows how much this "
+        "machine wavers. `make bench` writes this page.",
         "",
         f"Machine: {machine['cpu']}, {result['threads']} thread(s); PyTorch {machine['torch']}; {result['date']}. "
         f"Matrix products run at {result['matmul_flops'] / 1e9:.0f} GFLOP/s.",

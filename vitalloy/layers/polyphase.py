@@ -48,7 +48,8 @@ def strongest_phase(x: Tensor, stride: Pair) -> Tensor:
     squares = _squares(x)
     cells = torch.stack([squares.sum(1), squares[:, : (x.shape[1] + 1) // 2].sum(1)], 1)
     norms, half = _by_phase(cells, stride).sqrt().unbind(1)
-    coarse = x.dtype not in ROUNDING or torch.is_autocast_enabled(x.device.type)
+    mixed = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    coarse = mixed or x.dtype not in ROUNDING
     near = norms >= (1 - (COARSE if coarse else ROUNDING[x.dtype])) * norms.amax(1, keepdim=True)
     return half.masked_fill(~near, -1).argmax(1)
 
