@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 WIDTH, LETTER = 880.0, 6.3  # pixels; mean width of a letter
 KINDS = {
-    "embedding": "embedding",
+    "embedding": "embedding, head",
     "convolution": "convolution",
     "attention": "attention",
     "both": "both",

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import vitalloy
-from vitalloy.errors import CheckpointError, DataError, ExportError, RunError
+from vitalloy.errors import CheckpointError, DataError, ExportError, RecipeError, RunError
 from vitalloy.runs import resume, stages
 from vitalloy.training.recipe import Recipe
 
@@ -208,3 +208,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         torch.load(tmp_path / n / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in ("whole", "killed")
     ]
     assert all(torch.equal(raw[0][k], raw[1][k]) for k in raw[0])
+
+
+def test_a_model_for_clips_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(RecipeError, match="uniformer_video_nano takes clips"):
+        vitalloy.fit("digits", name="clips", runs=tmp_path, overrides={"model": "uniformer_video_nano"})
