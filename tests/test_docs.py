@@ -86,7 +86,7 @@ def test_table_of_models_is_up_to_date():
             (about,) = about_models([name])
         else:
             params, macs = (float(cell) for cell in line.split("|")[2:4])
-            about = {"name": name, "params": params * 1e6, "macs": macs * 1e9, "input": found.cfg["input_size"][-2:]}
+            about = {"name": name, "params": params * 1e6, "macs": macs * 1e9, "input": found.cfg["input_size"][1:]}
             about |= {"top1": found.variant.top1, "note": found.variant.note, "checkpoints": found.variant.checkpoints}
         assert line == gallery.model_row(about), "run `python docs/gallery.py`"
 
@@ -186,7 +186,9 @@ def test_the_models_page_runs_and_prints_what_it_says(capsys):
     assert printed[0] == "[(2, 64, 32, 32), (2, 192, 16, 16), (2, 384, 8, 8)]"
     assert printed[1] == "[64, 192, 384] [4, 8, 16]"
     assert printed[2] == "torch.Size([1, 3, 197, 197])"
-    assert printed[3] == "rollout torch.Size([1, 224, 224])"
+    assert printed[3] == "torch.Size([1, 7])"
+    assert printed[4].startswith("Consistency(consistency=1.0, ")
+    assert printed[5] == "rollout torch.Size([1, 224, 224])"
     assert type(space["theirs"]).__module__.startswith("timm.")
     assert type(space["ours"]).__module__ == "vitalloy.backbones.vit"
 
