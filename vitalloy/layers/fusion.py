@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
+LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 Linear = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -30,7 +30,7 @@ def fuse(model: nn.Module) -> nn.Module:
             own()
     for part in model.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):  # laid out as the maps are, or every call reorders the weight
-            part.to(memory_format=_LAYOUT[part.weight.ndim])
+            part.to(memory_format=LAYOUT[part.weight.ndim])
     return model
 
 

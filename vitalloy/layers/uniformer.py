@@ -17,14 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitalloy.layers.attention import SelfAttention
 from vitalloy.layers.backbone import Level, init_weights
-from vitalloy.layers.fusion import fold_norm_before, fold_scale
+from vitalloy.layers.fusion import LAYOUT, fold_norm_before, fold_scale
 from vitalloy.layers.mlp import Mlp
 from vitalloy.layers.pyramid import Pyramid
 from vitalloy.layers.tokens import to_map, to_tokens
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def channels_last(x: Tensor) -> Tensor:
