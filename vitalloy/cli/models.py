@@ -14,6 +14,7 @@ def models(
 
     Example: vitalloy models 'cvt*'
     """
+    from rich.progress import track
     from rich.table import Table
 
     from vitalloy.benchmark import about_models
@@ -25,7 +26,8 @@ def models(
     others = [n for n in list_models(pattern, timm_models=True) if n not in names] if timm else []
     if not names and not others:
         raise ModelError(f"no model matches {pattern!r}.{suggest(pattern or '', list_models())}")
-    rows = about_models(names)
+    counting = track(names, "counting", console=err, transient=True, disable=not err.is_terminal)
+    rows = [row for name in counting for row in about_models([name])]
     if json:
         print_json(rows + [{"name": n, "source": "timm"} for n in others])
         return
