@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,13 @@ class Loaded:
     reset: tuple[str, ...] = ()
 
 
-def read_state(path: str | Path, *, averaged: bool = False) -> dict[str, Tensor]:
+def read_state(path: str | Path, *, averaged: bool = False, mapped: bool = False) -> dict[str, Tensor]:
     """The tensors of a weight file by name, wrappers and prefixes removed. Never runs code from the file.
 
     Args:
         path: a .safetensors file, or a PyTorch file that `torch.load(weights_only=True)` accepts.
         averaged: prefer the moving average of the weights where the file holds both.
+        mapped: leave the tensors on the disk until they are used, where the format allows it.
 
     Raises:
         CheckpointError: the file is missing, damaged, no checkpoint, or a pickle that would run code.
@@ -54,7 +56,7 @@ def read_state(path: str | Path, *, averaged: bool = False) -> dict[str, Tensor]
         raise CheckpointError(f"{path}: there is no such file.")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download or copy it again.")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path, mapped)
     state = unwrap(content, averaged=averaged)
     if not state:
         raise CheckpointError(f"{path}: the file holds no tensors by name, so it is no checkpoint of a model.")
@@ -68,10 +70,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}).") from error
 
 
-def _read_pytorch(path: Path) -> Any:
+def _read_pytorch(path: Path, mapped: bool) -> Any:
+    mapped = mapped and zipfile.is_zipfile(path)  # the format before PyTorch 1.6 cannot be
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts store their arguments; harmless
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "Unsupported operand" not in str(error):
             raise CheckpointError(
@@ -116,6 +119,7 @@ def load_checkpoint(
     strict: bool = True,
     reset_head: bool = False,
     averaged: bool = False,
+    assign: bool = False,
 ) -> Loaded:
     """Load published or own weights into a model; the file is recognised by its parameter names.
 
@@ -124,6 +128,7 @@ def load_checkpoint(
         strict: missing or unexpected entries are an error; otherwise they are logged and returned.
         reset_head: a classifier made for other classes is left at its start instead of being an error.
         averaged: prefer moving-average weights where the file holds both.
+        assign: let the model hold the given tensors themselves instead of copying their values into its own.
 
     Raises:
         CheckpointError: the file cannot be read safely, or does not fit the model; every name is listed.
@@ -154,7 +159,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"{where} does not fit {type(model).__name__}:" + _differences(missing, unexpected, shapes)
         )
-    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False, assign=assign)
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("new", reset)):
         if names:
             log.warning("%s: %d %s: %s", where, len(names), kind, _shown(names))

@@ -157,5 +157,6 @@ VARIANTS = {
     "convnext_tiny": Variant({"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)}, 82.1, (_1K.format("tiny"),)),
     "convnext_small": Variant({"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768)}, 83.1, (_1K.format("small"),)),
     "convnext_base": Variant({"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)}, 83.8, (_1K.format("base"),)),
+    "convnext_large": Variant({"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536)}, 84.3, (_1K.format("large"),)),
 }
 register(ConvNeXt, VARIANTS, first_conv="stem.0", crop_pct=0.875)

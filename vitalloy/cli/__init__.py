@@ -20,9 +20,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 COMMANDS = ("fit", "predict", "evaluate", "export", "models", "systems")
+GROUPS = ("deepfake",)
 for _name in COMMANDS:
     _command = getattr(importlib.import_module(f"vitalloy.cli.{_name}"), _name)
     app.command(_name, no_args_is_help=_name in ("predict", "evaluate", "export"))(_command)
+for _name in GROUPS:
+    app.add_typer(importlib.import_module(f"vitalloy.cli.{_name}").app, name=_name)
 
 
 def main() -> None:

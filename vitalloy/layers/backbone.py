@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -173,20 +173,25 @@ class Backbone(nn.Module, ABC):
 
     def convert_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A published state dict under our names and shapes; entries that no rule touches pass through."""
-        converted: dict[str, Tensor] = {}
-        for key, value in state.items():
-            new: str | None = key
-            for pattern, replacement in self.key_table:
-                if re.search(pattern, key):
-                    new = None if replacement is None else re.sub(pattern, replacement, key)
-                    break
-            if new is not None:
-                converted[new] = value
-        return self.reshape_state(converted)
+        return self.reshape_state(rename_keys(state, self.key_table))
 
     def reshape_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fuse, split or interpolate entries whose form differs from ours; none by default."""
         return state
+
+
+def rename_keys(state: Mapping[str, Tensor], table: Iterable[tuple[str, str | None]]) -> dict[str, Tensor]:
+    """A state dict with each name replaced by the first rule (pattern, replacement or None to drop) that it matches."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        new: str | None = key
+        for pattern, replacement in table:
+            if re.search(pattern, key):
+                new = None if replacement is None else re.sub(pattern, replacement, key)
+                break
+        if new is not None:
+            renamed[new] = value
+    return renamed
 
 
 def _refuse_weights(*_: Any) -> None:

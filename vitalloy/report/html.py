@@ -50,7 +50,7 @@ def write_report(metrics: dict, folder: Path, *, images: Path | None = None) -> 
     page = render(metrics, folder, Path(images) if images else folder)
     target = folder / "report.html"
     try:
-        _write(target, page)
+        write_page(target, page)
     except OSError as error:
         raise RunError(f"cannot write {str(target)!r}: {error.strerror}. Check the disk and rights.") from error
     return target
@@ -58,11 +58,11 @@ def write_report(metrics: dict, folder: Path, *, images: Path | None = None) -> 
 
 def render(metrics: dict, folder: Path, images: Path) -> str:
     """The page as text."""
-    metrics = _clean(metrics)
+    metrics = clean(metrics)
     test = metrics.get("test") or {}
     page = {
         "headline": words.headline(metrics),
-        "place": shlex.quote(_clean(f"runs/{folder.name}" if folder.parent.name == "runs" else folder.name)),
+        "place": shlex.quote(clean(f"runs/{folder.name}" if folder.parent.name == "runs" else folder.name)),
         "plots": _plots(metrics),
         "errors": _errors(test, (metrics.get("data") or {}).get("classes") or []),
         "baseline": _baseline(test),
@@ -71,11 +71,12 @@ def render(metrics: dict, folder: Path, images: Path) -> str:
     }
     sections = ("run", "data", "model", "history", "best", "test", "onnx", "int8", "runtimes", "corruptions")
     known = {key: metrics.get(key) or {} for key in (*sections, "explanation", "budget")}
-    return _environment().get_template("report.html.j2").render(**known, **page)
+    return environment().get_template("report.html.j2").render(**known, **page)
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates of this folder, with the formats of `words` as filters."""
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -131,7 +132,7 @@ def _pictures(rows: list[dict], base: Path) -> dict:
     for row in rows:
         path = _inside(base, str(row.get("file") or ""))
         try:
-            uri, width = _data_uri(path) if path else ("", 0)
+            uri, width = _picture(path) if path else ("", 0)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             log.warning("report: picture %s left out: %s", path, error)
             uri = ""
@@ -151,7 +152,7 @@ def _inside(base: Path, name: str) -> Path | None:
     return path if path.is_file() and path.is_relative_to(base.resolve()) else None
 
 
-def _data_uri(path: Path) -> tuple[str, int]:
+def _picture(path: Path) -> tuple[str, int]:
     """A picture as (data URI, width in pixels); large ones are scaled down to 384 pixels and stored as JPEG."""
     raw = path.read_bytes()
     with Image.open(io.BytesIO(raw)) as image:
@@ -160,26 +161,36 @@ def _data_uri(path: Path) -> tuple[str, int]:
         if len(raw) > IMAGE_LIMIT or kind not in ("PNG", "JPEG", "WEBP", "GIF"):
             image = image.convert("RGB")
             image.thumbnail((384, 384))
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=85)
-            raw, kind, width = buffer.getvalue(), "JPEG", image.width
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(raw).decode()}", width
+            raw, kind, width = jpeg(image), "JPEG", image.width
+    return data_uri(raw, kind), width
 
 
-def _clean(value: Any) -> Any:
+def jpeg(image: Image.Image, quality: int = 85) -> bytes:
+    """A picture as the bytes of a JPEG file."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def data_uri(raw: bytes, kind: str = "JPEG") -> str:
+    """The bytes of a picture file as the source of an `img`."""
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(raw).decode()}"
+
+
+def clean(value: Any) -> Any:
     """`value` with the characters that HTML cannot hold replaced in every string."""
     if isinstance(value, str):
         return _ODD.sub("\N{REPLACEMENT CHARACTER}", value)
     if hasattr(value, "tolist"):  # NumPy and torch values that have not been through JSON yet
         return value.tolist()
     if isinstance(value, dict):
-        return {key: _clean(item) for key, item in value.items()}
+        return {key: clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_clean(item) if isinstance(item, (str, dict, list, tuple)) else item for item in value]
+        return [clean(item) if isinstance(item, (str, dict, list, tuple)) else item for item in value]
     return value
 
 
-def _write(target: Path, text: str) -> None:
+def write_page(target: Path, text: str) -> None:
     """Write beside the target and move it there, so that a reader never meets half a page."""
     beside = target.with_name(f".report-{os.getpid()}.html")
     try:

@@ -243,9 +243,7 @@ def _check_recipe(recipe: Recipe) -> None:
     if recipe.budget:
         Budget.parse(recipe.budget)
         if os.environ.get("WORLD_SIZE", "1") != "1" or (isinstance(recipe.devices, int) and recipe.devices > 1):
-            raise RecipeError(
-                "a budget is measured by one process: run once on one device, then name the model"
-            )
+            raise RecipeError("a budget is measured by one process: run once on one device, then name the model")
 
 
 def _make_folder(recipe: Recipe, name: str | None, runs: Path, overwrite: bool, first: bool) -> RunFolder:
