@@ -243,7 +243,14 @@ def train(
     from vitalloy.cli.deepfake_text import measured
 
     log_to_terminal()
-    reporter = Drawn()
+    reporter, stages = Drawn(), set()
+
+    def advance(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
+            stages.add(stage)
+            reporter.stage({"faces": "finding faces"}.get(stage, stage))
+        reporter.advance(done, total)
+
     try:
         result = fit(
             data,
@@ -257,7 +264,7 @@ def train(
             weights=weights,
             seed=seed,
             resume=resume,
-            advance=reporter.advance,
+            advance=advance,
         )
     finally:
         reporter.close()

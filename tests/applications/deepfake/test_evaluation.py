@@ -179,7 +179,7 @@ class Scan:
     def __init__(self, dies_after=None, frames=15):
         self.calls, self.dies_after = [], dies_after
         source = Source("a", "a.safetensors", "1f", "made up")
-        self.setup = Setup((source,), False, False, "cascade", frames, 0, "1")
+        self.setup = Setup((source,), False, False, "cascade", 0.0, frames, 0, "1")
 
     def __call__(self, path, perturb=None):
         if len(self.calls) == self.dies_after:

@@ -67,6 +67,13 @@ def test_the_small_tilted_face_of_a_talking_head_is_found(detector):
         assert all(overlap(face, (63, 40, 115, 93)) > 0.35 for face in faces)  # 52 pixels wide
 
 
+@pytest.mark.parametrize("angle", [-20, 20])
+def test_a_leaning_face_is_found_where_it_is(detector, angle):
+    leaning = Image.fromarray(data.astronaut()).rotate(angle, Image.Resampling.BILINEAR, center=(222, 126))
+    face, *_ = detector(np.asarray(leaning))
+    assert overlap(face, PORTRAIT) > 0.5
+
+
 def test_frames_of_any_size(detector):
     assert detector(np.zeros((12, 15, 3), np.uint8)) == []
     assert detector(np.zeros((1, 400, 3), np.uint8)) == []

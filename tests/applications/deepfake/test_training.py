@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from skimage.data import lfw_subset
 
 from vitalloy.applications.deepfake.model import normalize
@@ -185,7 +186,7 @@ def test_videos_without_a_face_are_refused(tmp_path):
 
 def test_losses_fall_and_held_out_faces_are_told_apart(tmp_path):
     data = real_and_fake(tmp_path / "crops")
-    result = quick(data, out=tmp_path / "run", epochs=5)
+    result = quick(data, out=tmp_path / "run", epochs=4)
     losses = [row["train_loss"] for row in result.history]
     assert losses[-1] < 0.5 * losses[0] and not result.self_made
     assert result.test["n"] == 6 and result.test["auc"] == 1.0 and result.test["accuracy"] > 0.8
@@ -203,7 +204,7 @@ def test_losses_fall_and_held_out_faces_are_told_apart(tmp_path):
 
 
 def test_a_cut_run_goes_on_to_the_weights_of_an_unbroken_one(tmp_path):
-    data = real_faces(tmp_path / "faces", 24)
+    data = real_faces(tmp_path / "faces", 16)
 
     def cut_off(what, done, total):
         if done > total / 2:
@@ -218,15 +219,17 @@ def test_a_cut_run_goes_on_to_the_weights_of_an_unbroken_one(tmp_path):
         quick(data, out=tmp_path / "cut", epochs=2, step=1, lr=0.1, resume=True)
     resumed = quick(data, out=tmp_path / "cut", epochs=2, step=1, resume=True)
 
-    assert whole.self_made and whole.file.read_bytes() == resumed.file.read_bytes()
+    assert whole.self_made
+    weights, again = load_file(whole.file), load_file(resumed.file)
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
     for a, b in zip(whole.history, resumed.history, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
     assert [row["lr"] for row in whole.history] == pytest.approx([1e-3, 1e-4])
-    assert whole.test == resumed.test and whole.test["n"] == 2 * 4 * 4  # both of four pairs of each of four people
+    assert whole.test == resumed.test and whole.test["n"] == 2 * 4 * 2  # both of four pairs of each of two people
 
 
 def test_network_b_trains_with_and_without_the_kl_term_and_goes_on_from_weights(tmp_path):
-    data = real_faces(tmp_path / "faces", 16)
+    data = real_faces(tmp_path / "faces", 12)
     plain = quick(data, out=tmp_path / "plain", net="b", epochs=1)
     weighted = quick(data, out=tmp_path / "kl", net="b", epochs=1, kl_weight=0.1)
     assert weighted.history[0]["train_loss"] > plain.history[0]["train_loss"]

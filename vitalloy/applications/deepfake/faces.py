@@ -69,18 +69,22 @@ def create_detector(spec: str = "auto") -> FaceDetector:
 
 
 class CascadeDetector:
-    """scikit-image's LBP cascade: frontal faces, upright or leaning up to about 25 degrees.
+    """scikit-image's LBP cascade: frontal faces, upright or leaning up to about 20 degrees.
 
-    Frames are shrunk to 640 pixels on the longer side. Windows that agree are merged, and a face needs `agree` of them.
-    A frame without an upright face is looked at again turned by 15 degrees either way (faces from a tenth of the longer
-    side; upright ones from a sixteenth).
+    Frames are brought to 640 pixels on the longer side (enlarged at most three times) and searched for faces from a
+    twelfth of the square root of their area. Windows that agree are merged; a face needs `agree` of them. A frame
+    without an upright face is looked at again turned by 15 degrees either way, for faces from an eighth.
+
+    Measured on the pictures by which the constants were chosen: found 92 of 100 LFW faces of 70 to 160 pixels pasted
+    into photographs (dlib: 95) and 51 of 60 frames of the carphone clip (dlib, doubled: 59); false alarms 4 in 68
+    pictures and frames without a large face (dlib: 3).
     """
 
     name = "cascade"
     longest = 640
     turns = (-15.0, 15.0)
 
-    def __init__(self, agree: int = 6) -> None:
+    def __init__(self, agree: int = 4) -> None:
         try:
             from skimage.data import lbp_frontal_face_cascade_filename
             from skimage.feature import Cascade
@@ -94,27 +98,26 @@ class CascadeDetector:
     def __call__(self, image: np.ndarray) -> list[Face]:
         image = _as_rgb(image)
         height, width = image.shape[:2]
-        ratio = min(1.0, self.longest / max(height, width))
-        small = Image.fromarray(image).convert("L")
-        if ratio < 1:
-            small = small.resize((max(1, round(width * ratio)), max(1, round(height * ratio))), Image.BILINEAR)
-        longer = max(small.size)
-        boxes, counts = self._search(small, longer / 16)
+        ratio = min(3.0, self.longest / max(height, width))
+        scene = Image.fromarray(image).convert("L")
+        scene = scene.resize((max(1, round(width * ratio)), max(1, round(height * ratio))), Image.BILINEAR)
+        least, side = 24 * max(ratio, 1.0), (scene.width * scene.height) ** 0.5  # the cascade's own window is 24
+        boxes, counts = self._search(scene, max(least, side / 12))
         if not len(boxes):
-            found = [self._search(small, longer / 10, turn) for turn in self.turns]
+            found = [self._search(scene, max(least, side / 8), turn) for turn in self.turns]
             boxes, counts = max(found, key=lambda pair: pair[1].max(initial=0))
         return _clip(_like_dlib(boxes / ratio), counts, width, height)
 
     def _search(self, image: Image.Image, smallest: float, turn: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """Merged boxes (N, 4) in pixels of `image` and how many windows agree on each, in an image turned by `turn`."""
-        smallest = max(24, round(smallest))  # the cascade's own window
+        smallest = round(smallest)
         if min(image.size) < smallest:
             return np.zeros((0, 4)), np.zeros(0)
         turned = np.asarray(image.rotate(turn, Image.BILINEAR) if turn else image)
         found = self.cascade.detect_multi_scale(
             turned,
-            scale_factor=1.2,
-            step_ratio=1.0,
+            scale_factor=1.1,
+            step_ratio=1.5,
             min_size=(smallest, smallest),
             max_size=(min(turned.shape),) * 2,
             min_neighbor_number=1,
@@ -332,14 +335,15 @@ def _share(a: np.ndarray, b: np.ndarray) -> float:
     return common / min((a[2:] - a[:2]).prod(), (b[2:] - b[:2]).prod())
 
 
-# A dlib box seen from a cascade box of side 1: centre moved right and down by the first two, side times the third.
-CASCADE_TO_DLIB = (0.0, 0.0, 1.0)
+# From a cascade box of side 1 to dlib's: how far down the centre moves, and the side. Means over 159 faces that both
+# found (astronaut, carphone, LFW); sideways they differ by 0.01. It lifts the overlap (IoU) from 0.75 to 0.83.
+CASCADE_TO_DLIB = (0.05, 0.9)
 
 
 def _like_dlib(boxes: np.ndarray) -> np.ndarray:
-    right, down, grow = CASCADE_TO_DLIB
+    down, grow = CASCADE_TO_DLIB
     side = boxes[:, 2:] - boxes[:, :2]
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + side * np.array([right, down])
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + side * np.array([0, down])
     return np.concatenate([centre - side * grow / 2, centre + side * grow / 2], 1)
 
 

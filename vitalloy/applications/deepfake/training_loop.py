@@ -43,14 +43,14 @@ class Detector(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         seed_epoch(self.arguments["seed"], self.current_epoch)
-        self._began = time.monotonic()
+        self._began, self._rate = time.monotonic(), self.trainer.optimizers[0].param_groups[0]["lr"]
         self._sums = {part: torch.zeros(3, dtype=torch.float64) for part in ("train", "val")}
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self._loss("train", batch)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"The loss is {float(loss)} in epoch {self.current_epoch + 1}, at learning rate {self._rate():.3g}. "
+                f"The loss is {float(loss)} in epoch {self.current_epoch + 1}, at learning rate {self._rate:.3g}. "
                 "Try a lower lr."
             )
         return loss
@@ -73,7 +73,7 @@ class Detector(pl.LightningModule):
         row: dict[str, Any] = {"epoch": self.current_epoch}
         for part, (loss, right, seen) in self._sums.items():
             row |= {f"{part}_loss": float(loss / seen), f"{part}_accuracy": float(right / seen)}
-        row |= {"lr": self._rate(), "seconds": time.monotonic() - self._began}
+        row |= {"lr": self._rate, "seconds": time.monotonic() - self._began}
         if not math.isfinite(row["val_loss"]):
             raise TrainingError(f"The validation loss is no number after epoch {row['epoch'] + 1}. Try a lower lr.")
         self.history = [*self.history, row]
@@ -92,9 +92,6 @@ class Detector(pl.LightningModule):
         optimizer = torch.optim.Adam(trained, lr=chosen["lr"], weight_decay=chosen["weight_decay"])
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, chosen["step"], chosen["gamma"])
         return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def _rate(self) -> float:
-        return self.trainer.optimizers[0].param_groups[0]["lr"]
 
 
 class KeepLastAndBest(Checkpoint):
