@@ -85,6 +85,7 @@ def export_onnx(
         hint = " Try dynamic_batch=False." if dynamic_batch else ""
         raise ExportError(f"{type(model).__name__} could not be exported to ONNX: {reason(error)}.{hint}") from error
     _forget_source(graph)
+    _turn_weights(graph.graph)
     with written_whole(path) as unfinished:
         try:
             onnx.save(graph, unfinished)
@@ -214,3 +215,28 @@ def _forget_source(graph: Any) -> None:
     for info in [*graph.graph.input, *graph.graph.output, *graph.graph.initializer]:
         del info.metadata_props[:]
     del graph.metadata_props[:]
+
+
+def _turn_weights(graph: Any) -> None:
+    """Replace each transposition of a weight by the transposed weight.
+
+    The exporter does so itself, but not where a module is called twice; and only a weight can be quantized.
+    """
+    from onnx import numpy_helper
+
+    weights, turned = {w.name: w for w in graph.initializer}, {}
+    for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights]:
+        order = next((tuple(a.ints) for a in node.attribute), None)
+        if (node.input[0], order) not in turned:
+            name = f"{node.input[0]}_{len(turned)}_turned"
+            array = np.ascontiguousarray(numpy_helper.to_array(weights[node.input[0]]).transpose(order))
+            graph.initializer.append(numpy_helper.from_array(array, name))
+            turned[node.input[0], order] = name
+        for user in graph.node:
+            for i, used in enumerate(user.input):
+                if used == node.output[0]:
+                    user.input[i] = turned[node.input[0], order]
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for name in {name for name, _ in turned} - used:
+        graph.initializer.remove(weights[name])

@@ -28,7 +28,7 @@ class Exported:
     Attributes:
         max_change, mean_change: of a face's score, 0 to 1, against the network itself.
         agreement: share of faces with the same answer.
-        auc: how well the file's scores separate the faces that the network calls fake from those that it calls real;
+        auc: how well the file's logits separate the faces that the network calls fake from those that it calls real;
             None where it calls all the same.
     """
 
@@ -104,7 +104,7 @@ def export_network(
         change.max().item(),
         change.mean().item(),
         (fake == (theirs[:, 0] > theirs[:, 1])).float().mean().item(),
-        _auc(fake, _scores(theirs)),
+        _auc(fake, theirs[:, 0] - theirs[:, 1]),
     )
 
 
@@ -142,7 +142,8 @@ def _scores(logits: Tensor) -> Tensor:
     return torch.tensor([vote(row[None]).score for row in logits])
 
 
-def _auc(fake: Tensor, scores: Tensor) -> float | None:
+def _auc(fake: Tensor, margins: Tensor) -> float | None:
+    """Of logit differences: near 0.5 the vote is no rising function of them."""
     from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(fake.numpy(), scores.numpy())) if 0 < int(fake.sum()) < len(fake) else None
+    return float(roc_auc_score(fake.numpy(), margins.numpy())) if 0 < int(fake.sum()) < len(fake) else None

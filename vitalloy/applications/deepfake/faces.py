@@ -143,10 +143,10 @@ class DlibDetector:
         upsample: how often the frame is doubled first (the published pipeline: 0).
         bgr: hand the channels over in the wrong order, as the published pipeline does.
         any_size: shrink frames of more than 1920 pixels, and look once more, doubled, at frames of at most 640 pixels
-            in which nothing was found.
+            in which nothing was found; faces with a margin below `sure` count only if the cascade finds them too.
     """
 
-    name = "dlib"
+    sure = 0.3
 
     def __init__(self, upsample: int = 0, bgr: bool = False, any_size: bool = False) -> None:
         try:
@@ -156,10 +156,12 @@ class DlibDetector:
                 "The face detector 'dlib' needs the dlib package, which is not installed: pip install dlib-bin"
             ) from error
         self.upsample, self.bgr, self.any_size = upsample, bgr, any_size
+        self.name = "dlib" + (", any size" if any_size else "") + (", channels exchanged" if bgr else "")
+        self.second = CascadeDetector() if any_size else None
         self.detector = dlib.get_frontal_face_detector()
 
     def __call__(self, image: np.ndarray) -> list[Face]:
-        image = _as_rgb(image)
+        image = original = _as_rgb(image)
         height, width = image.shape[:2]
         ratio, longer = 1.0, max(height, width)
         if self.any_size and longer > 1920:
@@ -172,7 +174,11 @@ class DlibDetector:
             boxes, scores, _ = self.detector.run(image, self.upsample + 1, 0.0)
         # face_recognition takes dlib's last column and row as if they were exclusive; so does the crop the weights saw
         corners = np.array([(b.left(), b.top(), b.right(), b.bottom()) for b in boxes], float).reshape(-1, 4)
-        return _clip(corners / ratio, np.array(scores), width, height)
+        found = _clip(corners / ratio, np.array(scores), width, height)
+        if self.second is None or all(face.confidence >= self.sure for face in found):
+            return found
+        others = [_box(face) for face in self.second(original)]
+        return [f for f in found if f.confidence >= self.sure or any(_share(_box(f), o) > 0.5 for o in others)]
 
 
 class OnnxDetector:
@@ -327,6 +333,10 @@ def _merge(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if all(_share(boxes[index], boxes[other]) <= 0.5 for other in kept):
             kept.append(index)
     return np.array(boxes).reshape(-1, 4)[kept], np.array(counts, float)[kept]
+
+
+def _box(face: Face) -> np.ndarray:
+    return np.array([face.left, face.top, face.right, face.bottom], float)
 
 
 def _share(a: np.ndarray, b: np.ndarray) -> float:

@@ -151,14 +151,15 @@ class Network(nn.Module, ABC):
                 in evaluation.
         """
         redrawn, kl = self.redraw(image, *eps)
-        if redrawn.shape == image.shape:
-            of_redrawn, of_image = self.backbone(torch.cat([redrawn, image])).chunk(2)  # both in one pass
+        if redrawn.shape[-1] == image.shape[-1]:
+            answers = self.backbone(torch.cat([redrawn, image]))  # both in one pass
+            of_redrawn, of_image = answers[: image.shape[0]], answers[image.shape[0] :]
         else:
             of_image, of_redrawn = self.backbone(image), self.backbone(redrawn)
         logits = self.classify(of_image, of_redrawn)
         if not reconstruction:
             return logits
-        if redrawn.shape != image.shape:
+        if redrawn.shape[-1] != image.shape[-1]:
             redrawn = F.interpolate(redrawn, image.shape[-2:], mode="bilinear", align_corners=False)
         return Outputs(logits, redrawn, kl)
 

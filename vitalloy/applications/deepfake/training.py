@@ -1,10 +1,12 @@
 """Training GenConViT's networks: on real and forged faces, or on real faces alone with forgeries made on the fly.
 
 For everyone who adapts the detector to material of their own. Losses, optimizer (Adam, its L2 decay), schedule (a tenth
-of the rate every 15 epochs), batch, seed and augmentation are the authors'. Departures: the best epoch is the one with
-the lowest validation loss (theirs too), but accuracy compares labels with labels, where their test indexes labels by
-predictions; the validation of network B takes the mean of its latent, so that it can be compared from epoch to epoch;
-and a run that was killed goes on to the very weights of an unbroken one (on a CPU, with the same number of threads).
+of the rate every 15 epochs), batch, seed and augmentation are the authors', and so is the choice of the epoch with the
+lowest validation loss. Departures: accuracy compares labels with labels, where their test indexes labels by
+predictions; network B is validated with the mean of its latent, so that epochs can be compared; a run that was killed
+goes on to the very weights of an unbroken one (on a CPU, with the same number of threads); and where the forgeries are
+self-made, a batch is half real faces and half forgeries of just these, under the same augmentation, so that nothing
+but the forgery tells them apart.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +32,10 @@ from vitalloy.checkpoints import load_checkpoint
 from vitalloy.data import make_loader
 from vitalloy.errors import ModelError, RunError, suggest
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger("vitalloy")
 
 PAIRS = 4  # frozen (real, forged) pairs of each face that self-made forgeries are judged on
-_FREE = ("epochs", "workers", "accelerator")  # may change when a run is resumed
+_FREE = ("workers", "accelerator")  # may change when a run is resumed, and the epochs may grow
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def train(
         frames: looked at in each video.
         detector: of faces in videos, as `create_detector` takes it.
         grouped: False takes every picture for another person's, whatever its name.
-        resume: go on after the last whole epoch of a run that was cut off.
+        resume: go on after the last whole epoch of a run that was cut off, or add epochs to one that was not.
         advance: told what goes on ("faces" or "training"), and how much of it is done.
 
     Raises:
@@ -172,6 +171,8 @@ def _before(out: Path, arguments: dict[str, Any], resume: bool) -> dict[str, Any
         raise RunError(f"{out} holds a training already. Go on with it (resume=True), or give another folder.")
     state = read_checkpoint(last)
     before = state["arguments"]
+    if arguments["epochs"] > before["epochs"]:
+        before = before | {"epochs": arguments["epochs"]}
     if changed := [k for k in arguments if k not in _FREE and arguments[k] != before.get(k)]:
         was = ", ".join(f"{k} was {before.get(k)!r} and is {arguments[k]!r}" for k in changed)
         raise RunError(f"{out} holds another training: {was}. Give what it began with, or another folder.")
