@@ -140,7 +140,12 @@ def test_shell_commands_are_valid(page):
             assert set(re.findall(r"\[(\w+)\]", words[2])) <= set(project["optional-dependencies"])
         else:
             name, *args = words[words.index("vitalloy") + 1 :]
-            given = known[name].make_context(name, args).params  # an unknown option or a missing argument raises
+            context = known[name].make_context(name, args)  # an unknown option or a missing argument raises
+            if isinstance(known[name], typer.core.TyperGroup):
+                name, inner, args = known[name].resolve_command(context, [*context._protected_args, *context.args])
+                inner.make_context(name, args)
+                continue
+            given = context.params
             vitalloy.Recipe().with_overrides(_settings(given))
 
 

@@ -187,7 +187,7 @@ def test_train_then_use_then_export(place, tmp_path):
     weights = Path(json.loads(trained.stdout)["file"])
     assert weights.is_file()
     used = run(place / "videos" / "face.mp4", "--weights", weights, "--json", folder=place)
-    assert "self-made" in json.loads(used.stdout)["setup"]["networks"][0]["about"]
+    assert "forgeries made from them" in json.loads(used.stdout)["setup"]["networks"][0]["about"]
     made = run(
         "export",
         place / "videos" / "face.mp4",

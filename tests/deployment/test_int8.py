@@ -150,3 +150,22 @@ def test_every_calibration_image_counts(tmp_path):
     result = quantize_onnx(export.path, tmp_path / "q.onnx", [bright[:1], *dark])
     assert result.calibration_images == 32
     assert cosine(model, OnnxModel(result.path), bright) > 0.98
+
+
+def test_a_layer_called_twice_is_quantized_once(tmp_path):
+    """The exporter leaves the weight of a shared layer behind a transposition, which no quantizer looks through."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.head = torch.nn.Linear(64, 64), torch.nn.Linear(64, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x.flatten(2)  # (B, 3, 64)
+            return self.head(self.wide(self.wide(rows).relu()).mean(1))
+
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = export_onnx(Twice(), images[:2], tmp_path / "float.onnx").path
+    made = quantize_onnx(whole, tmp_path / "int8.onnx", [images])
+    assert made.quantized == made.weighted == 3
+    assert made.size_bytes < 0.6 * made.fp32_size_bytes

@@ -270,7 +270,7 @@ class FaceSet(ImageSet):
         indices = [index for index in range(len(samples)) for _ in range(repeats)]
         labels = [samples[index].label for index in indices]
         super().__init__(Files([sample.path for sample in samples]), labels, CLASSES, indices=indices)
-        self.size, self.forge, self.seed, self.chance = size, forge, seed, chance
+        self.side, self.forge, self.seed, self.chance = size, forge, seed, chance
         self._people = [sample.group for sample in samples]
         self._kept: dict[int, np.ndarray] | None = {} if len(samples) * size**2 * 3 <= CACHE_BYTES else None
 
@@ -296,7 +296,7 @@ class FaceSet(ImageSet):
             return self._kept[index]
         image = np.asarray(self.source.read(index))
         height, width = image.shape[:2]
-        face = image if height == width == self.size else crop_face(image, Face(0, 0, width, height, None), self.size)
+        face = image if height == width == self.side else crop_face(image, Face(0, 0, width, height, None), self.side)
         if self._kept is not None:
             self._kept[index] = face
         return face
