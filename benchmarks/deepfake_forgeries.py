@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "deepfake_forgeries.json"
 SETTINGS = {
     "net": "a",
     "backbone": "efficientformerv2_nano",
-    "img_size": 32,
+    "img_size": 64,
     "epochs": 32,
     "batch_size": 32,
     "lr": 1e-3,
@@ -66,7 +66,9 @@ def people() -> dict[str, list[Image.Image]]:
     found = {"astronaut": [astronaut()], "carphone": frames}
     faces = {
         name: [
-            Image.fromarray(crop_face(image, boxes[0], 64, margin=0.1)) for image in images if (boxes := find(image))
+            Image.fromarray(crop_face(image, boxes[0], 2 * SETTINGS["img_size"], margin=0.1))
+            for image in images
+            if (boxes := find(image))
         ]
         for name, images in found.items()
     }

@@ -158,13 +158,13 @@ def test_a_layer_called_twice_is_quantized_once(tmp_path):
     class Twice(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.wide, self.head = torch.nn.Linear(64, 64), torch.nn.Linear(64, 3)
+            self.wide, self.head = torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            rows = x.flatten(2)  # (B, 3, 64)
+            rows = x.flatten(2)  # (B, 3, 1024)
             return self.head(self.wide(self.wide(rows).relu()).mean(1))
 
-    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     whole = export_onnx(Twice(), images[:2], tmp_path / "float.onnx").path
     made = quantize_onnx(whole, tmp_path / "int8.onnx", [images])
     assert made.quantized == made.weighted == 3
