@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "deepfake_forgeries.json"
 SETTINGS = {
     "net": "a",
     "backbone": "efficientformerv2_nano",
-    "img_size": 64,
+    "img_size": 32,
     "epochs": 32,
     "batch_size": 32,
     "lr": 1e-3,

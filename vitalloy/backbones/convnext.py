@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitalloy.layers.backbone import Backbone, Level, drop_path_rates
 from vitalloy.layers.fusion import fold_scale
 from vitalloy.layers.mlp import Mlp
+from vitalloy.layers.streaming import may_stream, stream_branch
 from vitalloy.layers.tokens import to_tokens
 from vitalloy.registry import Variant, register
 
@@ -40,8 +41,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> the same shape."""
-        branch = self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1)))
-        branch, x = self.drop_path(branch), x.permute(0, 2, 3, 1)
+        branch, x = self.conv_dw(x).permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
+        mlp = self.mlp
+        seen = self.training or mlp._forward_hooks or mlp._forward_pre_hooks
+        if self.gamma is None and not seen and may_stream(branch, mlp.fc1, mlp.act, mlp.fc2, self.norm):
+            return stream_branch(x, branch, self.norm, mlp.fc1, mlp.act, mlp.fc2).permute(0, 3, 1, 2)
+        branch = self.drop_path(mlp(self.norm(branch)))
         # scale and add in one pass over the map
         x = x + branch if self.gamma is None else torch.addcmul(x, branch, self.gamma)
         return x.permute(0, 3, 1, 2)

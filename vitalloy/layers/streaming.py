@@ -18,7 +18,7 @@ WORTHWHILE = 3 << 18  # elements of the wide map from which pieces were measured
 ROWS = 2048  # tokens in a piece: fewer make the products slower, more leave the cache
 GROUP = 1 << 20  # elements of a piece that holds whole images
 
-_PLAIN = (nn.Linear, nn.Conv2d, nn.GELU, QuickGELU, nn.ReLU, nn.Identity)
+_PLAIN = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, QuickGELU, nn.ReLU, nn.Identity)
 
 
 def may_stream(x: Tensor, fc1: nn.Module, *others: nn.Module) -> bool:
@@ -56,6 +56,21 @@ def stream_mlp(x: Tensor, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear) -> Ten
         torch.addmm(fc1.bias, piece, fc1.weight.t(), beta=scale, alpha=scale, out=wide)
         wide = F.silu(wide, inplace=True) if quick else activate_(act, wide)
         torch.addmm(fc2.bias, wide, fc2.weight.t(), alpha=1 / scale, out=result)
+    return out.unflatten(0, x.shape[:-1])
+
+
+def stream_branch(
+    x: Tensor, branch: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear
+) -> Tensor:
+    """x + fc2(act(fc1(norm(branch)))) for x and branch (..., C); the normalized map is never whole either."""
+    rows, kept = branch.flatten(0, -2), x.flatten(0, -2)
+    out = torch.empty_like(kept)
+    buffer = rows.new_empty(min(ROWS, len(rows)), fc1.out_features)
+    for before, piece, result in zip(kept.split(ROWS), rows.split(ROWS), out.split(ROWS), strict=True):
+        wide = buffer[: len(piece)]
+        piece = F.layer_norm(piece, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        torch.addmm(fc1.bias, piece, fc1.weight.t(), out=wide)
+        torch.add(before, fc2.bias, out=result).addmm_(activate_(act, wide), fc2.weight.t())
     return out.unflatten(0, x.shape[:-1])
 
 

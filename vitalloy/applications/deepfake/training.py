@@ -35,7 +35,7 @@ from vitalloy.errors import ModelError, RunError, suggest
 log = logging.getLogger("vitalloy")
 
 PAIRS = 4  # frozen (real, forged) pairs of each face that self-made forgeries are judged on
-_FREE = ("workers", "accelerator")  # may change when a run is resumed, and the epochs may grow
+_FREE = ("epochs", "workers", "accelerator")  # may change when a run is resumed; the epochs only grow
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def train(
         frames: looked at in each video.
         detector: of faces in videos, as `create_detector` takes it.
         grouped: False takes every picture for another person's, whatever its name.
-        resume: go on after the last whole epoch of a run that was cut off, or add epochs to one that was not.
+        resume: go on after the last whole epoch of a run that was cut off, to as many epochs as it was begun with, or
+            more; the other arguments must be those that it was begun with.
         advance: told what goes on ("faces" or "training"), and how much of it is done.
 
     Raises:
@@ -171,11 +172,10 @@ def _before(out: Path, arguments: dict[str, Any], resume: bool) -> dict[str, Any
         raise RunError(f"{out} holds a training already. Go on with it (resume=True), or give another folder.")
     state = read_checkpoint(last)
     before = state["arguments"]
-    if arguments["epochs"] > before["epochs"]:
-        before = before | {"epochs": arguments["epochs"]}
     if changed := [k for k in arguments if k not in _FREE and arguments[k] != before.get(k)]:
         was = ", ".join(f"{k} was {before.get(k)!r} and is {arguments[k]!r}" for k in changed)
         raise RunError(f"{out} holds another training: {was}. Give what it began with, or another folder.")
+    arguments["epochs"] = max(arguments["epochs"], before["epochs"])
     return state
 
 
