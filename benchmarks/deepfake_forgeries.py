@@ -29,9 +29,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from vitalloy.applications.deepfake.evaluation import frame_metrics
 from vitalloy.applications.deepfake.faces import CascadeDetector, crop_face
 from vitalloy.applications.deepfake.forgeries import KINDS, forge, pair
+from vitalloy.applications.deepfake.metrics import frame_metrics
 from vitalloy.applications.deepfake.training import train
 from vitalloy.applications.deepfake.training_data import FAKE, FaceSet, Sample, read_samples
 from vitalloy.applications.deepfake.weights import load_network

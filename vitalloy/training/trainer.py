@@ -113,7 +113,7 @@ def train(
     if resume and (module.stopped_early or len(module.history) >= recipe.epochs):
         log.info("The run had ended after epoch %d; nothing is left to train.", len(module.history))
         return _finish(model, module, checkpoints)
-    with _quiet(), _numbers(recipe), _failures(checkpoints):
+    with quiet_lightning(), _numbers(recipe), failures_named(checkpoints):
         trainer = _make_trainer(recipe, folder, progress, callbacks)
         loaders = _make_loaders(splits, recipe, trainer)
         if recipe.grad_checkpointing and hasattr(trained, "set_grad_checkpointing"):
@@ -249,7 +249,7 @@ def _numbers(recipe: Recipe) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Without Lightning's remarks on hardware, workers and loggers, which are settled here."""
     chatty = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [(logger, logger.level) for logger in chatty]
@@ -266,7 +266,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _failures(checkpoints: Path) -> Iterator[None]:
+def failures_named(checkpoints: Path) -> Iterator[None]:
     """Interruption, lack of memory and lack of disk as messages that say how to go on."""
     interrupt = signal.getsignal(signal.SIGINT)
     before = checkpoints / LAST

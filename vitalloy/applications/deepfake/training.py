@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from vitalloy.applications.deepfake import augmentation, forgeries
-from vitalloy.applications.deepfake.evaluation import frame_metrics
+from vitalloy.applications.deepfake.metrics import frame_metrics
 from vitalloy.applications.deepfake.model import NETWORKS, Network
 from vitalloy.applications.deepfake.training_data import FAKE, FaceSet, Forge, Sample, crop_videos, read_samples
 from vitalloy.applications.deepfake.weights import save_network
@@ -169,7 +169,7 @@ def _before(out: Path, arguments: dict[str, Any], resume: bool) -> dict[str, Any
     if not last.exists():
         return None
     if not resume:
-        raise RunError(f"{out} holds a training already. Go on with it (resume=True), or give another folder.")
+        raise RunError(f"{out} holds a training already. Resume it, or give another folder.")
     state = read_checkpoint(last)
     before = state["arguments"]
     if changed := [k for k in arguments if k not in _FREE and arguments[k] != before.get(k)]:
@@ -226,12 +226,12 @@ def _fit(
 
     from vitalloy.applications.deepfake.training_loop import Detector, KeepLastAndBest, Progress
     from vitalloy.training.checkpointing import BEST, LAST, AtomicCheckpointIO, read_checkpoint
-    from vitalloy.training.trainer import _failures, _quiet
+    from vitalloy.training.trainer import failures_named, quiet_lightning
 
     module = Detector(network, arguments)
     module.history = list(state["history"]) if state else []
     if len(module.history) < arguments["epochs"]:
-        with _quiet(), _failures(checkpoints), torch.random.fork_rng(devices=[]):
+        with quiet_lightning(), failures_named(checkpoints), torch.random.fork_rng(devices=[]):
             trainer = pl.Trainer(
                 accelerator=arguments["accelerator"],
                 devices=1,
