@@ -229,7 +229,15 @@ def train(
     epochs: Annotated[int, typer.Option(min=1)] = 5,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-4,
-    weights: Annotated[Optional[Path], typer.Option(help="Weights to start from.")] = None,
+    weights: Annotated[Optional[Path], typer.Option(help="Weights of this network to start from.")] = None,
+    backbone_weights: Annotated[
+        Optional[Path], typer.Option(help="Weights of the backbone alone; the authors started from ImageNet's.")
+    ] = None,
+    ungrouped: Annotated[
+        bool, typer.Option("--ungrouped", help="Take every picture for another person's, whatever its name.")
+    ] = False,
+    frames: Annotated[int, typer.Option(help="Frames of a video to take faces from.")] = 15,
+    detector: Detector = "auto",
     seed: Seed = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in --out after a kill.")] = False,
     json: Json = False,
@@ -262,6 +270,10 @@ def train(
             batch_size=batch_size,
             lr=lr,
             weights=weights,
+            backbone_weights=backbone_weights,
+            grouped=not ungrouped,
+            frames=frames,
+            detector=detector,
             seed=seed,
             resume=resume,
             advance=advance,
