@@ -154,7 +154,7 @@ def _divide(root: Path, samples: Sequence[Sample], shares: dict[str, float], see
             raise DataError(
                 f"{root}: the {CLASSES[label]} faces are of {len(groups)} videos or people ({', '.join(groups[:3])}), "
                 f"too few to train on some and judge on others; at least {len(shares) + 1} are needed. If each picture "
-                "shows another person, say so (--ungrouped, grouped=False); else add people or folders train, valid, test."
+                "shows another person, say so (--ungrouped, grouped=False); else add people, or a division into parts."
             )
     return parts
 
