@@ -128,6 +128,8 @@ def test_demo_marks_every_output(place):
         (["videos", "--weights", "videos/text.mp4"], "text.mp4"),
         (["videos", "--weights", "a.safetensors", "--detector", "eyes"], "eyes"),
         (["videos", "--weights", "a.safetensors", "--frames", "0"], "frames=0"),
+        (["videos", "--weights", "a.safetensors", "--device", "abacus"], "device 'abacus'"),
+        (["videos", "--weights", "a.safetensors", "--report", "videos"], "no report can be written"),
         (["evaluate", "videos", "--weights", "a.safetensors"], "none of the known ways"),
     ],
 )

@@ -90,6 +90,7 @@ def scan(
     from vitalloy.runs import deepfake as pipelines
 
     log_to_terminal()
+    videos = pipelines.find_videos(videos)  # a wrong name is said before large files are read
     scanner = pipelines.open_scanner(
         weights or [],
         net,

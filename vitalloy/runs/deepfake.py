@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from vitalloy.applications.deepfake.pipeline import UNREADABLE, Scanner, Verdict
 from vitalloy.applications.deepfake.results import read_results, summarize_results, write_results
 from vitalloy.applications.deepfake.weights import open_networks
 from vitalloy.data.video import find_videos
-from vitalloy.errors import DataError
+from vitalloy.errors import DataError, RunError
 from vitalloy.report.deepfake import write_deepfake_report
 from vitalloy.runs.folder import Reporter, Silent
 
@@ -53,6 +54,7 @@ def scan(
         DataError: nothing to scan, or not one video could be read.
     """
     videos, reporter, verdicts = find_videos(paths), reporter or Silent(), []
+    _check_place(report)
     written = time.monotonic()
     try:
         for done, path in enumerate(videos, 1):
@@ -97,6 +99,7 @@ def evaluate(
     if data.suffix == ".json" and data.is_file():
         return summarize_results(read_results(data))
     labelled = read_layout(data, layout, split)
+    _check_place(report)
     if limit is not None:
         labelled = [item for fake in (True, False) for item in _spaced([x for x in labelled if x.fake == fake], limit)]
     kept: dict[str, Verdict] = {}
@@ -139,6 +142,19 @@ def export(scanner: Scanner, paths: Iterable[str | Path], folder: str | Path, *,
         path = Path(folder) / f"network_{network.net}{'.int8' if int8 else ''}.onnx"
         made.append(export_network(network, path, faces, int8=int8, source=source))
     return made
+
+
+def _check_place(report: str | Path | None) -> None:
+    """Refuse a report that could not be written before the work for it begins."""
+    if report is None:
+        return
+    folder = Path(report).absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{report}: no report can be written there ({error.strerror}). Give another place.") from error
+    if Path(report).is_dir() or not os.access(folder, os.W_OK):
+        raise RunError(f"{report}: no report can be written there. Give the name of a file in a folder of yours.")
 
 
 def _without_pictures(verdict: Verdict) -> Verdict:

@@ -186,7 +186,11 @@ class Scanner:
         sizes = {network.img_size for network, _ in opened}
         if len(sizes) > 1:
             raise ModelError(f"these networks take faces of different sizes ({sizes} pixels): run them one at a time.")
-        self.networks = [network.to(device) for network, _ in opened]
+        try:
+            self.networks = [network.to(device) for network, _ in opened]
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"device {device!r} cannot be used here ({reason}). Leave it out for the CPU.") from error
         self.device, self.inspect, self.as_published = device, inspect, as_published
         if as_published and detector == "auto":
             detector = DlibDetector(bgr=True)
