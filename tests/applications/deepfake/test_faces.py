@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import onnx
 import pytest
+from clips import carphone_frames
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from skimage import data
 
-from tests.clips import carphone_frames
 from vitalloy.applications.deepfake.faces import (
     CascadeDetector,
     DlibDetector,
