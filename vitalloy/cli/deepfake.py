@@ -308,13 +308,17 @@ def export(
     """
     from dataclasses import asdict
 
-    from vitalloy.cli.console import log_to_terminal, out, print_json
+    from vitalloy.cli.console import Drawn, log_to_terminal, out, print_json
     from vitalloy.cli.deepfake_text import exported
     from vitalloy.runs import deepfake as pipelines
 
     log_to_terminal()
     scanner = pipelines.open_scanner(weights or [], net, demo=demo, download=download)
-    made = pipelines.export(scanner, videos, output, int8=int8)
+    reporter = Drawn()
+    try:
+        made = pipelines.export(scanner, videos, output, int8=int8, reporter=reporter)
+    finally:
+        reporter.close()
     if json:
         print_json([{**asdict(m), "path": str(m.path)} for m in made])
         return

@@ -127,18 +127,29 @@ def evaluate(
     return found
 
 
-def export(scanner: Scanner, paths: Iterable[str | Path], folder: str | Path, *, int8: bool = False) -> list[Exported]:
+def export(
+    scanner: Scanner,
+    paths: Iterable[str | Path],
+    folder: str | Path,
+    *,
+    int8: bool = False,
+    reporter: Reporter | None = None,
+) -> list[Exported]:
     """Write a scanner's networks as ONNX files, and measure on the faces of videos how they agree.
 
     Raises:
         DataError: no face was found: agreement cannot be measured, nor int8 ranges.
     """
-    crops = [face.crop for path in find_videos(paths) for face in scanner(path).faces]
+    reporter, videos, crops = reporter or Silent(), find_videos(paths), []
+    reporter.stage("finding faces")
+    for done, path in enumerate(videos, 1):
+        crops += [face.crop for face in scanner(path).faces if face.crop is not None]
+        reporter.advance(done, len(videos))
     if not crops:
         raise DataError("no face was found in these videos, and exporting is measured on faces. Give others.")
-    faces = normalize(np.stack(crops))
-    made = []
+    faces, made = normalize(np.stack(crops)), []
     for network, source in zip(scanner.networks, scanner.setup.networks, strict=True):
+        reporter.stage(f"writing and measuring network {network.net.upper()}")
         path = Path(folder) / f"network_{network.net}{'.int8' if int8 else ''}.onnx"
         made.append(export_network(network, path, faces, int8=int8, source=source))
     return made

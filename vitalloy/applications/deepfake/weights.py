@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,6 @@ class Source:
     file: str | None
     sha256: str | None
     about: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def open_networks(
@@ -161,14 +158,10 @@ def save_network(network: Network, path: str | Path, about: Mapping[str, Any]) -
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return _digest(file)
-
-
-def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 
