@@ -207,6 +207,9 @@ def test_train_then_use_then_export(place, tmp_path):
     exported = run(place / "videos" / "face.mp4", "--weights", report["path"], "--json", folder=place)
     ours, theirs = (json.loads(d.stdout)["verdicts"][0]["score"] for d in (used, exported))
     assert theirs == pytest.approx(ours, abs=0.2)
+    twice = run("export", place / "videos" / "face.mp4", "--weights", report["path"], folder=tmp_path)
+    assert twice.returncode == 2
+    assert "ONNX file already" in twice.stderr
 
 
 def test_one_file_or_two_behind_weights():

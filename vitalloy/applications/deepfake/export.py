@@ -79,6 +79,8 @@ def export_network(
         ExportError: the network cannot be written, or the float file does not compute what the network computes.
     """
     path = Path(path)
+    if not isinstance(network, Network):
+        raise ExportError("this network is an ONNX file already: give the weight file that it was made from.")
     batches = faces.split(BATCH)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as scratch:
