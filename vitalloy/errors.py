@@ -37,6 +37,10 @@ class TrainingError(VitalloyError):
     """Training that cannot go on, such as a loss that is no longer a number."""
 
 
+class CompressionError(VitalloyError):
+    """A model, calibration set or bit width that a compression method cannot work with."""
+
+
 class ExportError(VitalloyError):
     """A model that could not be exported, or whose export computes something else."""
 

@@ -1,0 +1,1 @@
+"""Smaller and faster models: quantization/, one method a file, on any backbone."""
