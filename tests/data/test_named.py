@@ -55,6 +55,24 @@ def test_mnist_from_local_files(root, spec):
     assert len(load_labelled(spec)) == 20
 
 
+def test_fashion_mnist_from_debians_package(root, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    monkeypatch.setattr("vitalloy.data.named.DEBIAN", package)
+    images = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
+    labels = (np.arange(60) % 10).astype(np.uint8)
+    write_idx(package, "train", images[:40], labels[:40])
+    write_idx(package, "t10k", images[40:], labels[40:])
+    for file in [*package.iterdir()]:
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+    splits = load_data("FashionMNIST")
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (30, 10, 20) and splits.flip
+    assert splits.classes[9] == "Ankle boot" and splits.test.labels[3] == 3
+    assert (np.asarray(splits.test[3][0])[..., 0] == images[43]).all()
+    (package / "t10k-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(DataError, match="damaged or missing"):
+        load_data("FashionMNIST")
+
+
 def test_cifar10_from_local_files(root, monkeypatch):
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)

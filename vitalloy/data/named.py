@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ _PUBLISHED = {
     "Imagenette": _Published(train={"split": "train", "size": "320px"}, test={"split": "val", "size": "320px"}),
 }
 TORCHVISION_NAMES = tuple(_PUBLISHED)
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+_FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
 def read_digits() -> Parts:
@@ -73,12 +76,30 @@ def read_published(name: str, *, download: bool = False) -> Parts:
             f"Known: {', '.join(_PUBLISHED)}."
         )
     published = _PUBLISHED[known]
+    if known == "FashionMNIST" and DEBIAN.is_dir() and not (data_root() / known).is_dir():
+        return Parts(known, **{part: _debian(known, part) for part in ("train", "test")})
     parts = {}
     for part in ("train", "val", "test"):
         arguments = getattr(published, part)
         if arguments is not None:
             parts[part] = _image_set(_open(known, arguments, download), known, part)
     return Parts(known, flip=published.flip, **parts)
+
+
+def _debian(name: str, part: str) -> ImageSet:
+    """A part of Fashion-MNIST from Debian's package: gzipped IDX files."""
+    prefix = DEBIAN / ("train" if part == "train" else "t10k")
+    try:
+        with (
+            gzip.open(f"{prefix}-images-idx3-ubyte.gz") as images,
+            gzip.open(f"{prefix}-labels-idx1-ubyte.gz") as labels,
+        ):
+            pixels = np.frombuffer(images.read(), np.uint8, offset=16).reshape(-1, 28, 28)
+            return ImageSet(
+                Arrays(pixels, f"{name} {part}"), np.frombuffer(labels.read(), np.uint8, offset=8), _FASHION
+            )
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{DEBIAN}: the files of {name} are damaged or missing ({_line(error)}).") from error
 
 
 def _open(name: str, arguments: dict[str, Any], download: bool) -> Any:
