@@ -23,6 +23,8 @@ _HOME = {
     "publish": "checkpoints",
     "load_data": "data",
     "Recipe": "training.recipe",
+    "compress": "runs",
+    "compress_run": "runs",
     "explain": "explanation",
     "fit": "runs",
     "evaluate": "runs",

@@ -209,6 +209,17 @@ def save(model: nn.Module, folder: str | Path, about: Mapping[str, Any] | None =
     return folder
 
 
+def save_runtime(folder: str | Path, file: str, about: Mapping[str, Any]) -> None:
+    """Make a folder that holds an exported model a bundle too: `load` opens the file in its runtime.
+
+    Args:
+        file: the file in it: .onnx, OpenVINO's .xml, or a packed binary model's .safetensors.
+        about: as in `save`.
+    """
+    record = {"format": "vitalloy bundle 1", **about, "runtime": file}
+    _replace({Path(folder) / BUNDLE_ABOUT: json.dumps(record, indent=1, ensure_ascii=False).encode()})
+
+
 def _replace(files: Mapping[Path, bytes]) -> None:
     """Write files that belong together: all are complete on the disk before the first takes its name."""
     parts = {path: path.with_name(path.name + ".part") for path in files}
@@ -235,7 +246,7 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
 
     Returns:
         The model in evaluation mode; `model.about` holds everything that `model.json` says, `model.classes` its
-        class names (or None).
+        class names (or None). A compressed model is a session of its runtime: called the same way, but no module.
 
     Raises:
         CheckpointError: there is no bundle, or its two files do not belong together.
@@ -250,6 +261,8 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
         raise CheckpointError(f"{folder}: no {BUNDLE_ABOUT} here, so this is no bundle or finished run.")
     try:
         about = json.loads(text.read_text(encoding="utf-8"))
+        if "runtime" in about:
+            return _open_runtime(folder / about["runtime"], about)
         args = dict(about["model"])
         name = args.pop("name")
         args["img_size"] = tuple(args["img_size"]) if args.get("img_size") else None
@@ -260,6 +273,26 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
     model.default_cfg.update({k: v for k, v in about.get("preprocessing", {}).items() if v is not None})
     model.about, model.classes = about, about.get("classes")
     return model.to(device).eval()
+
+
+def _open_runtime(file: Path, about: dict[str, Any]) -> Any:
+    """A compressed model in what runs it: ONNX Runtime, OpenVINO, or packed bits."""
+    if file.suffix == ".safetensors":
+        from vitalloy.compression.calibration import prepared
+        from vitalloy.compression.quantization.bivit import load_packed
+        from vitalloy.registry import create_model
+
+        model = load_packed(prepared(create_model(**about["model"])), file).eval()
+    elif file.suffix == ".xml":
+        from vitalloy.deployment.openvino import OpenVinoModel
+
+        model = OpenVinoModel(file)
+    else:
+        from vitalloy.deployment.onnx import OnnxModel
+
+        model = OnnxModel(file)
+    model.about, model.classes = about, about.get("classes")
+    return model
 
 
 def publish(folder: str | Path, repo: str, *, private: bool = False) -> str:

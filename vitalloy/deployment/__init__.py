@@ -1,18 +1,26 @@
-"""Taking a trained model elsewhere: ONNX, int8, TorchScript and PT2 files, each verified against its model."""
+"""Taking a trained model elsewhere: ONNX, Q/DQ, int8, OpenVINO, TorchScript, PT2 and compiled models, each measured."""
 
+from vitalloy.deployment.inductor import compile_int8
 from vitalloy.deployment.int8 import Int8Export, quantize_onnx
 from vitalloy.deployment.onnx import OnnxExport, OnnxModel, Verification, export_onnx, verify_onnx
+from vitalloy.deployment.openvino import OpenVinoModel, quantize_openvino
+from vitalloy.deployment.qdq import QdqExport, export_qdq
 from vitalloy.deployment.torch_formats import TorchExport, export_pt2, export_torchscript
 
 __all__ = [
     "Int8Export",
     "OnnxExport",
     "OnnxModel",
+    "OpenVinoModel",
+    "QdqExport",
     "TorchExport",
     "Verification",
+    "compile_int8",
     "export_onnx",
     "export_pt2",
+    "export_qdq",
     "export_torchscript",
     "quantize_onnx",
+    "quantize_openvino",
     "verify_onnx",
 ]

@@ -6,7 +6,7 @@ The graph comes from `torch.export`. The input is called "image", the output "lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from vitalloy.deployment._common import at_rest, deployable, example_batch, quiet, reason, written_whole
 from vitalloy.errors import ExportError
+from vitalloy.layers.attention import Attend
 
 OLDEST_OPSET = 18  # what the exporter writes without converting down
 INPUT, OUTPUT, BATCH_AXIS = "image", "logits", "batch"
@@ -60,17 +61,27 @@ def export_onnx(
     Raises:
         ExportError: when the model cannot be traced or the file cannot be written.
     """
-    import onnx
-
     path = Path(path)
     if opset is not None and opset < OLDEST_OPSET:
         raise ExportError(f"ONNX opset {opset} is too old: use {OLDEST_OPSET} or later, or leave it out.")
+    graph = traced(model, _opened, example, opset, dynamic_batch)
+    return OnnxExport(path, _opset(graph), saved(graph, path, type(model).__name__))
+
+
+def traced(
+    model: nn.Module,
+    prepare: Callable[[nn.Module], nn.Module],
+    example: torch.Tensor,
+    opset: int | None,
+    dynamic_batch: bool,
+) -> Any:
+    """What `prepare(model)` computes at rest, as an ONNX model."""
     example = example_batch(model, example, least=2 if dynamic_batch else 1)  # an axis of 1 would stay 1
     shapes = ({0: torch.export.Dim(BATCH_AXIS)},) if dynamic_batch else None
     try:
         with at_rest(model), quiet():
             program = torch.onnx.export(
-                deployable(model),
+                prepare(model),
                 (example,),
                 dynamo=True,
                 input_names=[INPUT],
@@ -81,17 +92,26 @@ def export_onnx(
                 verbose=False,
             )
             graph = program.model_proto
+    except ExportError:
+        raise
     except Exception as error:  # any model code may run here, so anything may be raised
         hint = " Try dynamic_batch=False." if dynamic_batch else ""
         raise ExportError(f"{type(model).__name__} could not be exported to ONNX: {reason(error)}.{hint}") from error
     _forget_source(graph)
     _turn_weights(graph.graph)
+    return graph
+
+
+def saved(graph: Any, path: Path, name: str) -> int:
+    """Write an ONNX model whole; returns its bytes."""
+    import onnx
+
     with written_whole(path) as unfinished:
         try:
             onnx.save(graph, unfinished)
         except ValueError as error:  # protobuf ends at 2 GB
-            raise ExportError(f"{type(model).__name__} does not fit into one ONNX file: {reason(error)}.") from error
-    return OnnxExport(path, _opset(graph), path.stat().st_size)
+            raise ExportError(f"{name} does not fit into one ONNX file: {reason(error)}.") from error
+    return path.stat().st_size
 
 
 class OnnxModel:
@@ -192,6 +212,26 @@ def verify_onnx(
             f"{worst:.3g} (tolerance {tolerance:g}), answers agree on {equal} of {images} images."
         )
     return Verification(worst, equal / images, images)
+
+
+class _OpenAttend(Attend):
+    """Attention in its plain terms: the exporter writes the fused one with a scale on both factors."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, bias: Any = None
+    ) -> torch.Tensor:
+        logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return (logits if bias is None else logits + bias).softmax(-1) @ v
+
+
+def _opened(model: nn.Module) -> nn.Module:
+    """What to write into a graph: see `deployable`; attention opened where the copy is ours."""
+    own = deployable(model)
+    if own is not model:
+        for layer in own.modules():
+            if type(layer) is Attend:
+                layer.__class__ = _OpenAttend
+    return own
 
 
 def _fixed(size: Any) -> int | None:

@@ -66,11 +66,12 @@ def render(metrics: dict, folder: Path, images: Path) -> str:
         "plots": _plots(metrics),
         "errors": _errors(test, (metrics.get("data") or {}).get("classes") or []),
         "baseline": _baseline(test),
+        "trials": _trials(metrics),
         "pictures": _pictures((metrics.get("explanation") or {}).get("images") or [], images),
         "words": words,
     }
     sections = ("run", "data", "model", "history", "best", "test", "onnx", "int8", "runtimes", "corruptions")
-    known = {key: metrics.get(key) or {} for key in (*sections, "explanation", "budget")}
+    known = {key: metrics.get(key) or {} for key in (*sections, "explanation", "budget", "compression")}
     return environment().get_template("report.html.j2").render(**known, **page)
 
 
@@ -95,10 +96,21 @@ def _plots(metrics: dict) -> dict:
         "curves": plots.curves(history, best),
         "corruptions": plots.corruptions(metrics.get("corruptions") or [], test.get("top1")),
         "frontier": plots.frontier(metrics.get("runtimes") or []),
+        "compression": plots.frontier([r for r in _trials(metrics) if r.get("execution") != "simulation"]),
     }
     for key in ("reliability", "reliability_calibrated"):
         found[key] = plots.reliability(test.get(key) or [], key.endswith("calibrated"))
     return found
+
+
+def _trials(metrics: dict) -> list[dict]:
+    """Every way to run the model that `compress` measured; the float ones from its first run alone."""
+    rows: list[dict] = []
+    for part in metrics.get("compression") or []:
+        for row in part.get("tried") or []:
+            if row.get("method") not in ("float", "onnx") or row["name"] not in [r["name"] for r in rows]:
+                rows.append({**row, "chosen": row["name"] == part.get("chosen")})
+    return rows
 
 
 def _errors(test: dict, names: list[str]) -> dict:

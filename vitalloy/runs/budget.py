@@ -15,7 +15,7 @@ from vitalloy.registry import create_model, default_cfg, entry, list_models
 from vitalloy.runs.folder import Reporter
 from vitalloy.training.recipe import Recipe
 
-_TERM = re.compile(r"^([0-9]*\.?[0-9]+)\s*(us|ms|s|kb|mb|gb|%)$", re.IGNORECASE)
+_TERM = re.compile(r"^(-?[0-9]*\.?[0-9]+)\s*(us|ms|s|kb|mb|gb|%)$", re.IGNORECASE)
 _MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _MEGABYTES = {"kb": 1e-3, "mb": 1.0, "gb": 1e3}
 SMALL_INPUT = 64  # pixels: up to here the zoo's 32-pixel variants are the candidates
@@ -23,35 +23,45 @@ SMALL_INPUT = 64  # pixels: up to here the zoo's 32-pixel variants are the candi
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on one image's latency, the size of the weights, and the accuracy (a fraction); None is no limit."""
+    """Limits on one image's latency, the size of the weights, and the accuracy; None is no limit.
+
+    `top1` is a fraction; `loss` is the fraction that compression may take off the accuracy of the float model.
+    """
 
     asked: str
     latency_ms: float | None = None
     size_mb: float | None = None
     top1: float | None = None
+    loss: float | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Read "10ms, 5MB, 92%" (any of the three, in any order). Raises RecipeError."""
+    def parse(cls, text: str, relative: bool = False) -> Budget:
+        """Read "10ms, 5MB, 92%" (any of the three, in any order). Raises RecipeError.
+
+        Where `relative`, "-0.5%" is an accuracy at most half a point below that of the float model.
+        """
         limits: dict[str, float] = {}
+        example = "'3ms, 1MB, -0.5%'" if relative else "'10ms, 5MB, 92%'"
         for part in filter(None, (p.strip() for p in text.split(","))):
             found = _TERM.match(part)
             if not found:
-                raise RecipeError(f"budget {part!r}: write a time, a size or an accuracy, such as '10ms, 5MB, 92%'.")
+                raise RecipeError(f"budget {part!r}: write a time, a size or an accuracy, such as {example}.")
             value, unit = float(found[1]), found[2].lower()
             if unit in _MILLISECONDS:
                 key, value = "latency_ms", value * _MILLISECONDS[unit]
             elif unit in _MEGABYTES:
                 key, value = "size_mb", value * _MEGABYTES[unit]
+            elif relative and found[1].startswith("-"):
+                key, value = "loss", -value / 100
             else:
                 key, value = "top1", value / 100
             if key in limits:
                 raise RecipeError(f"budget {text!r} names two limits of one kind.")
-            if value <= 0 or (key == "top1" and value > 1):
+            if (value < 0 if key == "loss" else value <= 0) or (key == "top1" and value > 1):
                 raise RecipeError(f"budget {part!r} can be met by no model.")
             limits[key] = value
         if not limits:
-            raise RecipeError("the budget is empty; write the likes of '10ms, 5MB, 92%'.")
+            raise RecipeError(f"the budget is empty; write the likes of {example}.")
         return cls(text, **limits)
 
     def fits(self, latency_ms: float, size_mb: float) -> bool:

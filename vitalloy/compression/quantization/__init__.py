@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,15 +66,23 @@ def quantize(
     """
     from vitalloy.compression.calibration import images_for, prepared
 
-    if method not in METHODS:
-        raise CompressionError(f"there is no method {method!r}: use {', '.join(METHODS)}.{suggest(method, METHODS)}")
-    run = importlib.import_module(f"vitalloy.compression.quantization.{method}").quantize
-    known = inspect.signature(run).parameters
+    known = options_of(method)
     given = {"weights": weights, "activations": activations, **options}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in known:
-            raise CompressionError(f"{method} has no option {name!r}.{suggest(name, list(known)[2:])}")
+            raise CompressionError(f"{method} has no option {name!r}: {', '.join(known)}.{suggest(name, known)}")
     own = prepared(model)
-    made = run(own, images_for(own, calibration), **given)
-    return made.eval()
+    return _run(method)(own, images_for(own, calibration), **given).eval()
+
+
+def options_of(method: str) -> dict[str, Any]:
+    """The options of a method and their defaults. Raises CompressionError for a method that is not known."""
+    if method not in METHODS:
+        raise CompressionError(f"there is no method {method!r}: use {', '.join(METHODS)}.{suggest(method, METHODS)}")
+    parameters = list(inspect.signature(_run(method)).parameters.values())[2:]  # behind the model and the images
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def _run(method: str) -> Callable[..., nn.Module]:
+    return importlib.import_module(f"vitalloy.compression.quantization.{method}").quantize

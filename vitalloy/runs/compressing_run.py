@@ -1,0 +1,149 @@
+"""Compressing the model of a run folder: the choice becomes a bundle in it, the measurements a part of its report."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vitalloy.checkpoints import load, save_runtime
+from vitalloy.compression.quantization import METHODS
+from vitalloy.data import ImageSet, load_data, make_loader
+from vitalloy.errors import CompressionError
+from vitalloy.report import write_report
+from vitalloy.runs import stages
+from vitalloy.runs.compressing import Compressed, CompressionReport, check, compress
+from vitalloy.runs.folder import Reporter, RunFolder, Silent
+from vitalloy.training.recipe import Recipe
+
+CALIBRATION_IMAGES = 128
+
+
+def compress_run(
+    run: str | Path,
+    method: str = "auto",
+    *,
+    weights: int | None = None,
+    activations: int | None = None,
+    budget: str | None = None,
+    calibration_images: int = CALIBRATION_IMAGES,
+    epochs: int | None = None,
+    download: bool = False,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> Compressed:
+    """Compress the model of a run folder, judge it on the run's test images and add that to the run's report.
+
+    Calibration images come from the run's training images. What is chosen lies in `RUN/compressed/<method>`, which
+    `predict` and `evaluate` take like a run folder; everything measured is in `metrics.json` under "compression".
+
+    Args:
+        epochs: of training, for the methods that train; none when 0, the method's own number when None.
+        Others as in `compress`.
+
+    Raises:
+        RunError: there is no run in the folder. Others as in `compress`.
+    """
+    reporter = reporter or Silent()
+    folder = RunFolder.open(run)
+    check(method, weights, activations, options)
+    model, recipe = load(run), Recipe.from_toml(folder.recipe)
+    reporter.stage(f"Reading {recipe.data}")
+    splits = load_data(
+        recipe.data,
+        val_fraction=recipe.val_fraction,
+        test_fraction=recipe.test_fraction,
+        seed=recipe.seed,
+        download=download,
+        label_column=recipe.label_column,
+    )
+    judging = stages.transform_of(model)
+    train, val, test = (s.with_transform(judging) for s in (splits.train, splits.val, splits.test))
+    if method in METHODS and METHODS[method].kind == "training" and epochs != 0:
+        from vitalloy.training.trainer import transforms
+
+        shown = splits.train.with_transform(transforms(recipe, splits.native_size)[0])
+        options["train"] = _Epochs(shown, recipe.batch_size, recipe.seed)
+        if epochs is not None:
+            options["epochs"] = epochs
+    name = method if weights is None and activations is None else f"{method}-w{weights or 8}a{activations or 8}"
+    place = folder.path / "compressed" / name
+    fresh = place.with_name(f".{name}.part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        made = compress(
+            model,
+            list(stages.batches_of(train, recipe.batch_size, calibration_images)),
+            method,
+            weights=weights,
+            activations=activations,
+            evaluation=make_loader(test, recipe.batch_size, train=False),
+            selection=make_loader(val, recipe.batch_size, train=False),
+            budget=budget,
+            folder=fresh,
+            reporter=reporter,
+            **options,
+        )
+        report = _settle(made.report, folder, model.about, fresh, place)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    metrics = folder.read_metrics()
+    others = [part for part in metrics.get("compression") or [] if part["folder"] != report.folder]
+    metrics["compression"] = [*others, report.as_dict()]
+    folder.write_metrics(metrics)
+    write_report(metrics, folder.path)
+    return Compressed(made.model, report)
+
+
+def options_from(settings: Iterable[str]) -> dict[str, Any]:
+    """Options of a method from texts such as "iterations=500"; a value that is no Python literal stays text.
+
+    Raises:
+        CompressionError: a text without "=".
+    """
+    options = {}
+    for setting in settings:
+        name, sign, value = setting.partition("=")
+        if not sign:
+            raise CompressionError(f"--set {setting}: write NAME=VALUE.")
+        try:
+            options[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name.strip()] = value
+    return options
+
+
+class _Epochs:
+    """A run's training images, shuffled and transformed anew in every epoch."""
+
+    def __init__(self, images: ImageSet, batch_size: int, seed: int) -> None:
+        self.loader, self.epoch = make_loader(images, batch_size, train=True, seed=seed), -1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.epoch += 1
+        self.loader.sampler.set_epoch(self.epoch)
+        return ((images, labels) for images, labels, _ in self.loader)
+
+
+def _settle(
+    report: CompressionReport, run: RunFolder, about: dict[str, Any], made: Path, place: Path
+) -> CompressionReport:
+    """Keep the files that run the chosen trial, as a bundle at `place`; the report with what is there now."""
+    chosen = report.after
+    stem = Path(chosen.file).stem if chosen.file else ""
+    for file in made.iterdir():
+        if file.stem != stem:
+            file.unlink()
+    if chosen.file:
+        save_runtime(made, Path(chosen.file).name, {k: v for k, v in about.items() if k != "runtime"})
+        shutil.copyfile(run.recipe, made / run.recipe.name)  # so that `evaluate` knows the data
+    shutil.rmtree(place, ignore_errors=True)
+    made.replace(place)
+    tried = tuple(replace(t, file=Path(t.file).name if t is chosen and t.file else None) for t in report.tried)
+    where = str(place.relative_to(run.path))
+    return replace(report, tried=tried, after=tried[report.tried.index(chosen)], folder=where)
