@@ -14,7 +14,7 @@ def vitalloy(*args: str, cwd=None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
-@pytest.mark.parametrize("command", ["fit", "predict", "evaluate", "export", "models", "systems"])
+@pytest.mark.parametrize("command", ["fit", "compress", "predict", "evaluate", "export", "models", "systems"])
 def test_help_shows_an_example(command):
     shown = vitalloy(command, "--help")
     assert shown.returncode == 0 and f"vitalloy {command}" in shown.stdout.split("Example:")[1]
@@ -36,6 +36,8 @@ def test_help_imports_nothing_heavy():
         (["fit", "--model", "cvt_14"], "'cvt_13'"),
         (["fit", "--resume", "nowhere"], "no such run folder"),
         (["predict", "nowhere", "x.png"], "nowhere: there is no such run folder"),
+        (["compress", "nowhere"], "nowhere: there is no such run folder"),
+        (["compress", "nowhere", "--set", "rounds"], "NAME=VALUE"),
         (["models", "zzz*"], "no model matches"),
         (["systems", "cvtt"], "'cvt'"),
         (["fit", "--recipe", "none.toml"], "none.toml"),

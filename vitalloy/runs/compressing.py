@@ -229,7 +229,7 @@ def _attempt(bench: Workbench, name: str, reporter: Reporter, **options: Any) ->
     except (CompressionError, ExportError) as error:
         reporter.result(f"not possible: {error}")
         bits = {"weights": 8, "activations": 8, **options}
-        return Trial(name, execution="float", runtime=name, problem=str(error), **bits)
+        return Trial(name, execution="float", runtime="not run", version="", problem=str(error), **bits)
 
 
 def _excess(trial: Trial, before: Trial, budget: Budget) -> float:

@@ -55,6 +55,7 @@ class Trial:
     activations: int
     execution: str
     runtime: str
+    version: str
     size_bytes: int | None = None
     top1: float | None = None
     top1_interval: tuple[float, float] | None = None
@@ -97,13 +98,13 @@ class Workbench:
     def float(self) -> Trial:
         """The model as it is, in PyTorch."""
         size = sum(v.numel() * v.element_size() for v in self.model.state_dict().values())
-        return Trial(FLOAT, 32, 32, "float", f"PyTorch {_version()}", size, call=eager(self.model))
+        return Trial(FLOAT, 32, 32, "float", "PyTorch", _version("torch"), size, call=eager(self.model))
 
     def onnx(self) -> Trial:
         """The model in float32 in ONNX Runtime; the file that others start from."""
         if self._onnx is None:
             made = export_onnx(self.model, self.example, self.folder / "float.onnx")
-            self._onnx = self._file(Trial(ONNX_FLOAT, 32, 32, "float", _onnxruntime()), made.path)
+            self._onnx = self._file(Trial(ONNX_FLOAT, 32, 32, "float", *_onnxruntime()), made.path)
         return self._onnx
 
     def make(self, method: str, **options: Any) -> Trial:
@@ -119,22 +120,22 @@ class Workbench:
     def _int8(self) -> Trial:
         path = self.folder / "int8.onnx"
         quantize_onnx(Path(self.onnx().file), path, self.images.split(1))
-        return self._file(Trial("int8", 8, 8, "integer layers", _onnxruntime()), path)
+        return self._file(Trial("int8", 8, 8, "integer layers", *_onnxruntime()), path)
 
     def _int8_dynamic(self) -> Trial:
         path = self.folder / "int8-dynamic.onnx"
         quantize_onnx(Path(self.onnx().file), path, self.images.split(1), dynamic_products=True)
-        return self._file(Trial("int8_dynamic", 8, 8, "integer layers", _onnxruntime()), path)
+        return self._file(Trial("int8_dynamic", 8, 8, "integer layers", *_onnxruntime()), path)
 
     def _openvino(self) -> Trial:
         path = self.folder / "int8.xml"
         made = quantize_openvino(Path(self.onnx().file), path, self.images.split(1))
-        trial = Trial("openvino", 8, 8, "integer layers", f"OpenVINO {_version('openvino')}", made.size_bytes)
+        trial = Trial("openvino", 8, 8, "integer layers", "OpenVINO", _version("openvino"), made.size_bytes)
         return replace(trial, file=str(path), call=OpenVinoModel(path))
 
     def _inductor(self) -> Trial:
         call = compile_int8(self.model, self.images)
-        return Trial("inductor", 8, 8, "integer layers", f"PyTorch Inductor {_version()}", call=call)
+        return Trial("inductor", 8, 8, "integer layers", "PyTorch Inductor", _version("torch"), call=call)
 
     def _published(self, method: str, options: dict[str, Any]) -> Trial:
         progress = {"progress": self.reporter.advance} if "progress" in options_of(method) else {}
@@ -148,7 +149,8 @@ class Workbench:
             method,
             **bits,
             execution="simulation",
-            runtime=f"PyTorch {_version()}",
+            runtime="PyTorch",
+            version=_version("torch"),
             size_bytes=accounting.size_bytes(module),
             call=eager(module),
             module=module,
@@ -168,12 +170,14 @@ class Workbench:
                 made = packed(module)
                 file = save_packed(made, path.with_suffix(".safetensors"))
                 facts = {"size_bytes": file.stat().st_size, "file": str(file), "call": eager(made)}
-                return replace(simulated, execution=runs, runtime=f"NumPy {np.__version__}", **facts)
+                return replace(simulated, execution=runs, runtime="NumPy", version=np.__version__, **facts)
             else:
                 return replace(simulated, problem="simulated: float arithmetic on quantized values, slower than float")
         except ExportError as error:
             return replace(simulated, problem=str(error))
-        return self._file(replace(simulated, execution=runs, runtime=_onnxruntime()), path)
+        return self._file(
+            replace(simulated, execution=runs, runtime="ONNX Runtime", version=_version("onnxruntime")), path
+        )
 
     def _file(self, trial: Trial, path: Path) -> Trial:
         return replace(trial, file=str(path), size_bytes=path.stat().st_size, call=OnnxModel(path))
@@ -232,11 +236,11 @@ def eager(model: nn.Module) -> Call:
     return call
 
 
-def _version(package: str = "torch") -> str:
+def _version(package: str) -> str:
     from importlib.metadata import version
 
     return version(package).split("+")[0]
 
 
-def _onnxruntime() -> str:
-    return f"ONNX Runtime {_version('onnxruntime')}"
+def _onnxruntime() -> tuple[str, str]:
+    return "ONNX Runtime", _version("onnxruntime")
