@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).resolve().parent
 PICTURES = DOCS / "pictures"
+RESULTS = DOCS.parent / "benchmarks" / "results"
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -67,6 +68,39 @@ def model_row(row: dict[str, Any]) -> str:
     files = ", ".join(f"`{_cell(name)}`" for name in row["checkpoints"])
     work = f"{row['params'] / 1e6:.2f} | {row['macs'] / 1e9:.2f}"
     return f"| `{row['name']}` | {work} | {size} | {top1}{note} | {files} |"
+
+
+def compression_study() -> str:
+    """Accuracy, size and latency of every quantizer on the bundled models, as the study measured them."""
+    rows = json.loads((RESULTS / "compression_study.json").read_text(encoding="utf-8"))["rows"]
+    lines = []
+    for model, members in groupby(rows, key=lambda row: row["model"]):
+        members = list(members)
+        first = next(row for row in members if "float" in row)
+        low, high = first["float"]["top1_interval"]
+        lines += [
+            f"**`{model}`**: {first['float']['top1']:.1%} of {first['images']} test images in float "
+            f"(95 % interval {low:.1%} to {high:.1%}), {first['float']['size_bytes'] / 1e6:.2f} MB, one image in "
+            f"{first['float']['latency_ms']:.2f} ms in PyTorch and "
+            f"{first['onnx']['latency_ms']:.2f} ms in ONNX Runtime.",
+            "",
+            "| method | bits W/A | top-1 (%) | change (points) | size (MB) | one image (ms) | runs as |",
+            "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+            *(_study_row(row) for row in members),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _study_row(row: dict[str, Any]) -> str:
+    head = f"| `{row['method']}` | {row['weights']}/{row['activations']} |"
+    if "top1" not in row:
+        return f"{head} | | | | {_cell(row['problem'])} |"
+    change = 100 * (row["top1"] - row["float"]["top1"])
+    latency = "" if row["execution"] == "simulation" else f"{row['latency_ms']:.2f}"
+    size = "" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.2f}"
+    where = row["execution"] if row["execution"] == "simulation" else f"{row['execution']}, {row['runtime']}"
+    return f"{head} {100 * row['top1']:.1f} | {change:+.1f} | {size} | {latency} | {where} |"
 
 
 def gallery() -> str:
@@ -117,8 +151,9 @@ def drawings_of_zoo() -> dict[Path, str]:
     """Published accuracy against parameters and, where `make bench` has run, against latency; by file."""
     rows = [row for row in all_models() if row["top1"] is not None]
     costs = {"parameters": ("parameters (M)", {row["name"]: row["params"] / 1e6 for row in rows})}
-    if found := sorted((DOCS.parent / "benchmarks" / "results").glob("*.json"), key=lambda p: p.stat().st_mtime):
-        result = json.loads(found[-1].read_text(encoding="utf-8"))
+    found = sorted(RESULTS.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if timed := [result for path in found if "latency_ms" in (result := json.loads(path.read_text(encoding="utf-8")))]:
+        result = timed[-1]
         label = f"latency of one image, fp32, fused, {result['threads']} thread(s) (ms)"
         costs["latency"] = (label, result.get("latency_ms", {}))
     families = zoo_families([row["name"] for row in rows])
@@ -151,6 +186,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "models": model_table,
     "systems": gallery,
     "architectures": architectures,
+    "compression_study": compression_study,
 }
 
 

@@ -28,6 +28,7 @@ _WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "m
 _AVERAGED = ("model_ema", "state_dict_ema", "ema", "ema_state_dict")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "backbone.")
 _SHOWN = 8
+BUNDLED = Path(__file__).parent / "pretrained"
 BUNDLE_WEIGHTS, BUNDLE_ABOUT = "model.safetensors", "model.json"
 
 
@@ -242,7 +243,10 @@ def _replace(files: Mapping[Path, bytes]) -> None:
 
 
 def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
-    """A model from a bundle: a run folder, a folder made by `save`, or `hf-hub:owner/name`.
+    """A model from a bundle: a run folder, a folder made by `save`, `hf-hub:owner/name`, or `bundled:NAME`.
+
+    Two small models come with the library, for trials: `bundled:fashion_vit` and `bundled:fashion_hybrid`, trained here
+    on Fashion-MNIST by the recipes beside them.
 
     Returns:
         The model in evaluation mode; `model.about` holds everything that `model.json` says, `model.classes` its
@@ -253,7 +257,8 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
     """
     from vitalloy.registry import create_model
 
-    folder = _fetch(str(source).removeprefix("hf-hub:")) if str(source).startswith("hf-hub:") else Path(source)
+    kind, _, name = str(source).partition(":")
+    folder = _fetch(name) if kind == "hf-hub" else BUNDLED / name if kind == "bundled" else Path(source)
     text = folder / BUNDLE_ABOUT
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such run folder or bundle.")

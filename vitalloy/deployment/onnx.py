@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vitalloy.deployment._common import at_rest, deployable, example_batch, quiet, reason, written_whole
+from vitalloy.deployment._layout import products_on_maps
 from vitalloy.errors import ExportError
 from vitalloy.layers.attention import Attend
 
@@ -99,6 +100,8 @@ def traced(
         raise ExportError(f"{type(model).__name__} could not be exported to ONNX: {reason(error)}.{hint}") from error
     _forget_source(graph)
     _turn_weights(graph.graph)
+    if products_on_maps(graph.graph):
+        del graph.graph.value_info[:]  # shapes of the maps as they were
     return graph
 
 

@@ -161,9 +161,9 @@ class Workbench:
             if runs == "integer layers":
                 export_qdq(module, self.example, path, calibration=self.images)
             elif runs == "integer only":
-                from vitalloy.compression.quantization.i_vit import export_integer_onnx
+                from vitalloy.compression.quantization.i_vit import export_integer_onnx, to_integer
 
-                export_integer_onnx(module, self.example, path)
+                export_integer_onnx(to_integer(module), self.example, path)
             elif runs == "binary":
                 from vitalloy.compression.quantization.bivit import packed, save_packed
 
