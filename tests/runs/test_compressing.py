@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vitalloy
-from vitalloy.errors import CompressionError, RecipeError, RunError
+from vitalloy.errors import CompressionError, ExportError, ModelError, RecipeError, RunError
 from vitalloy.runs.budget import Budget
 
 QUICK = {"epochs": 4, "threads": 1, "explain_images": 0, "corruptions": [], "seed": 3, "export": False}
@@ -51,6 +53,13 @@ def test_the_result_is_a_bundle_that_predicts_and_evaluates(run, tmp_path):
     images = torch.stack([image for image, *_ in batches(run).dataset][:4])
     torch.testing.assert_close(vitalloy.load(folder)(images), made.model(images))
     assert {p.name for p in folder.iterdir()} == {"int8.onnx", "model.json", "recipe.toml"}
+    with pytest.raises(ExportError, match="already"):
+        vitalloy.export(folder)
+    picture = tmp_path / "five.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(picture)
+    assert len(vitalloy.predict(folder, [picture])[0].top) == 5
+    with pytest.raises(ModelError, match="outside PyTorch"):
+        vitalloy.predict(folder, [picture], explain_to=tmp_path / "why.png")
 
 
 def test_a_published_method_gives_a_module_its_layers_and_a_file_that_runs(run):

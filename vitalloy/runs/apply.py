@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vitalloy.checkpoints import load
 from vitalloy.data import IMAGE_SUFFIXES, load_data, load_labelled, read_image
 from vitalloy.deployment import export_onnx, export_pt2, export_torchscript, verify_onnx
-from vitalloy.errors import DataError, ExportError, suggest
+from vitalloy.errors import DataError, ExportError, ModelError, suggest
 from vitalloy.explanation import explain
 from vitalloy.runs import stages
 from vitalloy.runs.folder import Reporter, RunFolder, Silent
@@ -59,6 +60,8 @@ def predict(
     """
     files = _image_files(images)
     model = load(run)
+    if explain_to and not isinstance(model, nn.Module):
+        raise ModelError(f"{run} runs outside PyTorch, so nothing can be explained: explain the run it was made from.")
     transform, classes = stages.transform_of(model), model.classes
     reporter = reporter or Silent()
     found, targets = [], _overlay_files(explain_to, files)
@@ -135,6 +138,8 @@ def export(run: str | Path, format: str = "onnx", output: str | Path | None = No
     if format not in FORMATS:
         raise ExportError(f"format {format!r} is not one of {', '.join(FORMATS)}.{suggest(format, FORMATS)}")
     model = load(run)
+    if not hasattr(model, "build_args"):
+        raise ExportError(f"{run} holds a compressed model, which is in its runtime's format already.")
     path = Path(output) if output else Path(run) / FORMATS[format]
     if path.is_dir():
         path = path / FORMATS[format]

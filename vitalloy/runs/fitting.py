@@ -317,7 +317,9 @@ def _teacher(recipe: Recipe) -> nn.Module | None:
     if recipe.teacher is None:
         return None
     if Path(recipe.teacher).is_dir():
-        return load(recipe.teacher)
+        if isinstance(teacher := load(recipe.teacher), nn.Module):
+            return teacher
+        raise RecipeError(f"teacher = {recipe.teacher!r} is a compressed model; name the run it was made from.")
     raise RecipeError(f"teacher = {recipe.teacher!r}: there is no such run folder.")
 
 
