@@ -308,9 +308,7 @@ def publish(folder: str | Path, repo: str, *, private: bool = False) -> str:
     if not (Path(folder) / BUNDLE_ABOUT).is_file():
         raise CheckpointError(f"{folder}: no {BUNDLE_ABOUT} here, so there is no bundle to publish.")
     if not (Path(folder) / BUNDLE_WEIGHTS).is_file():
-        raise CheckpointError(
-            f"{folder}: this holds a compressed model alone; publish the run it was made from."
-        )
+        raise CheckpointError(f"{folder}: this holds a compressed model alone; publish the run it was made from.")
     files = [BUNDLE_WEIGHTS, BUNDLE_ABOUT, "recipe.toml", "metrics.json", "report.html", "model.onnx"]
     try:
         api = HfApi()

@@ -76,6 +76,8 @@ def images_for(model: nn.Module, calibration: Any, limit: int = MOST) -> Tensor:
 def _try(model: nn.Module, images: Tensor) -> None:
     wanted = getattr(model, "default_cfg", None) or {}
     size = tuple(wanted.get("input_size") or ())
+    if size and size[1:] != tuple(images.shape[2:]):
+        log.warning("Calibration images of %dx%d for a model of %dx%d.", *images.shape[2:], *size[1:])
     try:
         with torch.no_grad():
             answer = model(images[:1])
