@@ -161,7 +161,8 @@ class _Calls:
         self.outputs: list[Tensor] = []
         self.gradients: list[Tensor] = []
 
-    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, gradients: bool) -> None:
+    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, gradients: bool) -> None:
+        output = output[0] if isinstance(output, tuple) else output  # a value and its scale
         inputs = [a.detach() for a in args if isinstance(a, Tensor)]
         if self.inputs and [a.shape[1:] for a in inputs] != [a.shape[1:] for a in self.inputs[0]]:
             return
