@@ -145,8 +145,23 @@ def test_shell_commands_are_valid(page):
                 name, inner, args = known[name].resolve_command(context, [*context._protected_args, *context.args])
                 inner.make_context(name, args)
                 continue
-            given = context.params
-            vitalloy.Recipe().with_overrides(_settings(given))
+            if name == "compress":
+                _check_compress(**context.params)
+            else:
+                vitalloy.Recipe().with_overrides(_settings(context.params))
+
+
+def _check_compress(method: str, budget: str | None, set_: list[str] | None, **_: Any) -> None:
+    """Its settings are options of the method, and its budget may be relative."""
+    from vitalloy.compression.quantization import METHODS, options_of
+    from vitalloy.runs.budget import Budget
+    from vitalloy.runs.compressing_run import options_from
+    from vitalloy.runs.trials import RUNTIMES
+
+    assert method in ("auto", *RUNTIMES, *METHODS)
+    assert set(options_from(set_ or [])) <= set(options_of(method) if method in METHODS else ())
+    if budget:
+        Budget.parse(budget, relative=True)
 
 
 def _settings(given: dict[str, Any]) -> list[str]:

@@ -341,7 +341,7 @@ class Builder:
         if not self.allow_float or not isinstance(node.meta["val"], Tensor) or not node.meta["val"].is_floating_point():
             raise CompressionError(
                 f"{self.where(node)} has no integer form in I-ViT. Use allow_float=True to leave it in floating point "
-                "where that is possible, or another method, such as 'baseline'."
+                "where that is possible, or another method, such as 'easyquant'."
             )
         self.float_nodes.append(self.where(node))
 

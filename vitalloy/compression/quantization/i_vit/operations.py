@@ -51,7 +51,7 @@ def export(model: nn.Module, example: Tensor) -> fx.GraphModule:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CompressionError(
             f"{type(model).__name__} cannot be written as one graph for integers, because its forward pass depends on "
-            f"values or the number of images ({reason}). Use another method, such as 'baseline'."
+            f"values or the number of images ({reason}). Use another method, such as 'easyquant'."
         ) from error
 
 
