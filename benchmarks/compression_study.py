@@ -1,6 +1,6 @@
-"""Accuracy, size and latency of every quantizer at several bit widths, on the two bundled models.
+"""Accuracy, size and latency of every quantizer at several bit widths, on the bundled model.
 
-    python benchmarks/compression_study.py [--models fashion_vit fashion_hybrid] [--methods easyquant ...]
+    python benchmarks/compression_study.py [--methods easyquant ...]
 
 Fashion-MNIST must be at hand (Debian's package dataset-fashion-mnist, or the folder named by VITALLOY_DATA). Each row
 is written when it is measured, so that a study which is cut short can be continued by the same command.
@@ -25,7 +25,7 @@ from vitalloy.errors import VitalloyError
 from vitalloy.runs import transform_of
 
 RESULTS = Path(__file__).parent / "results" / "compression_study.json"
-MODELS = ("fashion_vit", "fashion_hybrid")
+MODELS = ("fashion_hybrid",)
 BITS = ((8, 8), (6, 6), (4, 8), (4, 4), (3, 3))
 CALIBRATION, TESTED, TRAINED = 128, 2000, 12_800  # images
 SEARCHES = ("easyquant", "fq_vit", "ptq4vit", "repq_vit", "q_hyvit", "aphq")

@@ -348,3 +348,11 @@ def test_a_bundle_loads_from_the_hub(tmp_path, monkeypatch):
     x = torch.randn(1, 3, 40, 48)
     assert torch.equal(vitalloy.load("hf-hub:me/cvt")(x), saved(x))
     assert asked == [("me/cvt", ["model.safetensors", "model.json"])]
+
+
+def test_the_bundled_model_loads_and_says_what_it_is():
+    model = vitalloy.load("bundled:fashion_hybrid")
+    assert model.classes[9] == "Ankle boot" and model.about["data"] == "FashionMNIST" and not model.training
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+    with pytest.raises(CheckpointError, match="no such"):
+        vitalloy.load("bundled:nothing")
