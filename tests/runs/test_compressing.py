@@ -79,6 +79,18 @@ def test_without_labels_the_answers_are_held_to_the_float_model(run):
     assert made.model(images[:2]).shape == (2, 10) and model.training
 
 
+def test_auto_goes_on_without_a_runtime_that_is_not_installed(run, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ExportError("OpenVINO is not installed")
+
+    monkeypatch.setattr("vitalloy.runs.trials.quantize_openvino", missing)
+    images = torch.cat([batch for batch, *_ in batches(run)])[:32]
+    made = vitalloy.compress(vitalloy.load(run), images, budget="-10%")
+    failed = made.report.tried[-1]
+    assert failed.method == "openvino" and failed.problem == "OpenVINO is not installed" and failed.latency_ms is None
+    assert made.report.after.runtime == "ONNX Runtime" and made.model(images[:2]).shape == (2, 10)
+
+
 def test_what_cannot_work_is_refused_before_anything_is_made(run):
     for arguments in ({"method": "int9"}, {"method": "int8", "weights": 4}, {"method": "int8", "rounds": 3}):
         with pytest.raises(CompressionError):

@@ -26,7 +26,7 @@ def compile_int8(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]
         images: real images (N, C, H, W); activations get the ranges seen here.
 
     Returns:
-        images (1, C, H, W) -> logits (1, classes), without gradients; already compiled.
+        images (1, C, H, W) -> logits (1, classes), without gradients; already compiled. Its `batch` is 1.
 
     Raises:
         ExportError: torchao or a C++ compiler is missing, or the model cannot be traced, quantized or compiled.
@@ -59,7 +59,8 @@ def compile_int8(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]
                 with torch.no_grad(), config.patch(freezing=True):
                     return compiled(batch)
 
-            _ = run(images[:1])
+            run.batch = 1
+            run(images[:1])
     except Exception as error:  # any step of three compilers may fail
         raise ExportError(f"{type(model).__name__} could not be compiled for int8: {reason(error)}.") from error
     return run

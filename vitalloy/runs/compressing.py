@@ -155,8 +155,8 @@ def compress(
             bits = {k: v for k, v in (("weights", weights), ("activations", activations)) if v is not None}
             tried, place_of_choice = [*tried, bench.make(method, **bits, **options)], 2
         reporter.stage("Measuring")
-        tried = judge(tried, judging, reporter)
-        tried = time_all(tried, images[:1])
+        tried, failed = [t for t in tried if t.call], [t for t in tried if not t.call]
+        tried = [*time_all(judge(tried, judging, reporter), images[:1]), *failed]
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -171,11 +171,10 @@ def compress(
         float_modules=float_modules(after.module) if after.module is not None else [],
         budget=budget,
     )
-    made = after.call if after.module is None else after.module
     if held is not None:
-        made.kept = held  # the files go when the model goes
+        after.call.kept = held  # the files go when what runs them goes
     reporter.result(report.verdict)
-    return Compressed(made, report)
+    return Compressed(after.call if after.module is None else after.module, report)
 
 
 def check(method: str, weights: int | None, activations: int | None, options: dict[str, Any]) -> None:

@@ -71,9 +71,7 @@ def compress_run(
         options["train"] = _Epochs(shown, recipe.batch_size, recipe.seed)
         if epochs is not None:
             options["epochs"] = epochs
-    name = method if weights is None and activations is None else f"{method}-w{weights or 8}a{activations or 8}"
-    place = folder.path / "compressed" / name
-    fresh = place.with_name(f".{name}.part")
+    fresh = folder.path / "compressed" / f".{method}.part"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         made = compress(
@@ -89,7 +87,7 @@ def compress_run(
             reporter=reporter,
             **options,
         )
-        report = _settle(made.report, folder, model.about, fresh, place)
+        report = _settle(made.report, folder, model.about, fresh, method)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     metrics = folder.read_metrics()
@@ -131,10 +129,11 @@ class _Epochs:
 
 
 def _settle(
-    report: CompressionReport, run: RunFolder, about: dict[str, Any], made: Path, place: Path
+    report: CompressionReport, run: RunFolder, about: dict[str, Any], made: Path, method: str
 ) -> CompressionReport:
-    """Keep the files that run the chosen trial, as a bundle at `place`; the report with what is there now."""
+    """Keep the files that run the chosen trial, as a bundle beside `made`; the report with what is there now."""
     chosen = report.after
+    place = made.with_name(f"{method}-w{chosen.weights}a{chosen.activations}" if method in METHODS else method)
     stem = Path(chosen.file).stem if chosen.file else ""
     for file in made.iterdir():
         if file.stem != stem:

@@ -128,7 +128,7 @@ class Workbench:
         return self._file(Trial("int8_dynamic", 8, 8, "integer layers", *_onnxruntime()), path)
 
     def _openvino(self) -> Trial:
-        path = self.folder / "int8.xml"
+        path = self.folder / "openvino.xml"
         made = quantize_openvino(Path(self.onnx().file), path, self.images.split(1))
         trial = Trial("openvino", 8, 8, "integer layers", "OpenVINO", _version("openvino"), made.size_bytes)
         return replace(trial, file=str(path), call=OpenVinoModel(path))
@@ -184,11 +184,12 @@ class Workbench:
 
 
 @torch.inference_mode()
-def judge(trials: list[Trial], batches: Batches, reporter: Reporter, total: int | None = None) -> list[Trial]:
+def judge(trials: list[Trial], batches: Batches, reporter: Reporter) -> list[Trial]:
     """Accuracy and agreement with the first trial (the float model) on labelled batches (images, labels).
 
     Batches without labels (tensors) give the agreement alone.
     """
+    total = len(batches.dataset) if hasattr(batches, "dataset") else None
     right, same, count, labelled = np.zeros(len(trials)), np.zeros(len(trials)), 0, True
     for batch in batches:
         images, labels = (batch, None) if isinstance(batch, Tensor) else batch[:2]
