@@ -267,7 +267,7 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
     try:
         about = json.loads(text.read_text(encoding="utf-8"))
         if "runtime" in about:
-            return _open_runtime(folder / about["runtime"], about)
+            return _open_runtime(folder / Path(about["runtime"]).name, about)
         args = dict(about["model"])
         name = args.pop("name")
         args["img_size"] = tuple(args["img_size"]) if args.get("img_size") else None

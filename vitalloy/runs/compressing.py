@@ -72,7 +72,8 @@ class CompressionReport:
         after, eager, runtime = self.after, self.before, self.before_runtime
         parts = []
         if after.size_bytes and eager.size_bytes:
-            parts.append(f"{eager.size_bytes / after.size_bytes:.1f}x smaller")
+            ratio = eager.size_bytes / after.size_bytes
+            parts.append(f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger")
         if after.execution == "simulation":
             parts.append("only simulated, so not faster")
         elif after.latency_ms and eager.latency_ms and runtime.latency_ms:
@@ -151,7 +152,7 @@ def compress(
             choosing = judging if selection is None else _repeatable(selection)
             tried, place_of_choice = _automatic(bench, tried, choosing, budget or Budget("", loss=TOLERANCE), reporter)
         else:
-            reporter.stage(f"Quantizing by {method}")
+            reporter.stage(f"{method}: {RUNTIMES[method] if method in RUNTIMES else METHODS[method].about}")
             bits = {k: v for k, v in (("weights", weights), ("activations", activations)) if v is not None}
             tried, place_of_choice = [*tried, bench.make(method, **bits, **options)], 2
         reporter.stage("Measuring")

@@ -64,7 +64,10 @@ def compress_run(
     )
     judging = stages.transform_of(model)
     train, val, test = (s.with_transform(judging) for s in (splits.train, splits.val, splits.test))
-    if method in METHODS and METHODS[method].kind == "training" and epochs != 0:
+    trains = method in METHODS and METHODS[method].kind == "training"
+    if epochs is not None and not trains:
+        raise CompressionError(f"{method} does not train: leave epochs out.")
+    if trains and epochs != 0:
         from vitalloy.training.trainer import transforms
 
         shown = splits.train.with_transform(transforms(recipe, splits.native_size)[0])

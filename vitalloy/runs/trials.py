@@ -31,7 +31,7 @@ from vitalloy.training.scores import wilson_interval
 Call = Callable[[Tensor], Tensor]
 Batches = Iterable[Any]
 FLOAT, ONNX_FLOAT = "float", "onnx"
-# what runs without a published method: name -> (what it is called, what it does)
+# what runs without a published method, and what it does
 RUNTIMES = {
     "int8": "static int8 in ONNX Runtime: ranges from the calibration images",
     "int8_dynamic": "dynamic int8 in ONNX Runtime: ranges of matrix products measured in every call",
