@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vitalloy.checkpoints import load
-from vitalloy.data import IMAGE_SUFFIXES, load_data, load_labelled, read_image
+from vitalloy.data import IMAGE_SUFFIXES, load_labelled, read_image
 from vitalloy.deployment import export_onnx, export_pt2, export_torchscript, verify_onnx
 from vitalloy.errors import DataError, ExportError, ModelError, suggest
 from vitalloy.explanation import explain
@@ -104,14 +104,7 @@ def evaluate(
     recipe = Recipe.from_toml(recipe_file) if recipe_file.is_file() else None
     own = recipe is not None and (data is None or _same(os.fspath(data), recipe.data))
     if own:
-        splits = load_data(
-            recipe.data,
-            val_fraction=recipe.val_fraction,
-            test_fraction=recipe.test_fraction,
-            seed=recipe.seed,
-            download=download,
-            label_column=recipe.label_column,
-        )
+        splits = stages.splits_of(recipe, download)
         images, name = splits.test, f"{splits.name} (the run's test images)"
     elif data is None:
         raise DataError(f"{run} has no recipe that names its data: say what to evaluate on.")

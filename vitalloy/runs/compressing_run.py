@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitalloy.checkpoints import load, save_runtime
 from vitalloy.compression.quantization import METHODS
-from vitalloy.data import ImageSet, load_data, make_loader
+from vitalloy.data import ImageSet, make_loader
 from vitalloy.errors import CompressionError
 from vitalloy.report import write_report
 from vitalloy.runs import stages
@@ -54,14 +54,7 @@ def compress_run(
     check(method, weights, activations, options)
     model, recipe = load(run), Recipe.from_toml(folder.recipe)
     reporter.stage(f"Reading {recipe.data}")
-    splits = load_data(
-        recipe.data,
-        val_fraction=recipe.val_fraction,
-        test_fraction=recipe.test_fraction,
-        seed=recipe.seed,
-        download=download,
-        label_column=recipe.label_column,
-    )
+    splits = stages.splits_of(recipe, download)
     judging = stages.transform_of(model)
     train, val, test = (s.with_transform(judging) for s in (splits.train, splits.val, splits.test))
     trains = method in METHODS and METHODS[method].kind == "training"

@@ -22,7 +22,7 @@ from torch import nn
 import vitalloy
 from vitalloy.benchmark import count, describe
 from vitalloy.checkpoints import load, load_checkpoint, save
-from vitalloy.data import ImageSet, Splits, load_data
+from vitalloy.data import ImageSet, Splits
 from vitalloy.data.loading import seeded
 from vitalloy.data.transforms import SMALL
 from vitalloy.errors import DataError, ModelError, RecipeError, RunError, VitalloyError
@@ -108,14 +108,7 @@ def _run(
     reporter = reporter if first else Silent()
     _check_recipe(recipe)
     reporter.stage(f"Reading {recipe.data}")
-    splits = load_data(
-        recipe.data,
-        val_fraction=recipe.val_fraction,
-        test_fraction=recipe.test_fraction,
-        seed=recipe.seed,
-        download=recipe.download,
-        label_column=recipe.label_column,
-    )
+    splits = stages.splits_of(recipe, recipe.download)
     if first and not resumed:
         _check_images(splits, reporter)
     reporter.result(

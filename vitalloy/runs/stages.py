@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from vitalloy.benchmark import compare
-from vitalloy.data import ImageSet, eval_transform, make_loader
+from vitalloy.data import ImageSet, Splits, eval_transform, load_data, make_loader
 from vitalloy.deployment import OnnxModel, export_onnx, quantize_onnx, verify_onnx
 from vitalloy.errors import CheckpointError
 from vitalloy.explanation import METHODS, explain, overlay
 from vitalloy.robustness import evaluate_corruptions
 from vitalloy.runs.folder import Reporter, RunFolder
+from vitalloy.training.recipe import Recipe
 from vitalloy.training.scores import (
     classification_scores,
     expected_calibration_error,
@@ -50,6 +51,18 @@ def transform_of(model: nn.Module) -> Callable[..., Tensor]:
         )
     except (AttributeError, KeyError) as error:
         raise CheckpointError(f"the bundle does not say how its images were prepared ({error}).") from error
+
+
+def splits_of(recipe: Recipe, download: bool) -> Splits:
+    """The data of a recipe, divided as in its run."""
+    return load_data(
+        recipe.data,
+        val_fraction=recipe.val_fraction,
+        test_fraction=recipe.test_fraction,
+        seed=recipe.seed,
+        download=download,
+        label_column=recipe.label_column,
+    )
 
 
 @torch.inference_mode()
