@@ -25,9 +25,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitalloy.compression.finetune import finetune
 from vitalloy.compression.quantization.i_vit.exporting import export_integer_onnx
 from vitalloy.compression.quantization.i_vit.graph import convert
 from vitalloy.compression.quantization.i_vit.integer import to_integer
@@ -70,7 +70,7 @@ def quantize(
         weights, activations: bits; the method is for 8 and 8.
         train: images and labels, iterated once an epoch; without it nothing is trained.
         epochs: of training.
-        lr: the largest learning rate, see `finetune`.
+        lr: the largest learning rate; AdamW with a cosine to a fifteenth of it and no warm-up, as published.
         softmax_bits, as_published, allow_float: see `convert`.
         batch_size: images of a calibration step.
         progress: called with (steps done, steps in all); an epoch is a step.
@@ -92,7 +92,10 @@ def quantize(
     steps = len(batches) + (epochs if train is not None else 0)
     calibrate(made, batches, progress and (lambda done, _: progress(done, steps)))
     if train is not None:
-        finetune(made, train, epochs, lr, progress and (lambda done, _: progress(len(batches) + done, steps)))
+        follow(made, True)  # the grids follow the training images meanwhile, and are kept afterwards
+        report = progress and (lambda done, _: progress(len(batches) + done, steps))
+        finetune(made, train, epochs=epochs, lr=lr, progress=report)
+        freeze(made)
     return made
 
 
@@ -120,35 +123,4 @@ def calibrate(
         model(batch)
         if progress is not None:
             progress(done, len(batches))
-    return freeze(model)
-
-
-def finetune(
-    model: nn.Module,
-    train: Iterable[tuple[Tensor, Tensor]],
-    epochs: int = 10,
-    lr: float = 1e-4,
-    progress: Callable[[int, int], None] | None = None,
-) -> nn.Module:
-    """Quantization-aware training of a converted model, as published: AdamW, cosine to lr / 15, no warm-up.
-
-    The grids follow the training images meanwhile and are kept afterwards. Label smoothing is 0.1, weight decay 1e-4.
-
-    Raises:
-        CompressionError: the loss is no longer a number.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1e-8, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1), lr / 15)
-    follow(model, True)
-    for epoch in range(epochs):
-        for images, labels in train:
-            loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
-            if not loss.isfinite():
-                raise CompressionError(f"The loss is no longer a number in epoch {epoch + 1}: use a smaller lr.")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(epoch + 1, epochs)
     return freeze(model)
