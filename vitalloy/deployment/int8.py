@@ -88,22 +88,15 @@ def quantize_onnx(
     fp32_path, int8_path = Path(fp32_path), Path(int8_path)
     if method not in METHODS:
         raise ExportError(f"There is no calibration method {method!r}: use one of {', '.join(METHODS)}.")
-    if not fp32_path.is_file():
-        raise ExportError(f"There is no ONNX file at {fp32_path}. Export the model first.")
-    try:
-        graph = onnx.load(fp32_path)
-    except Exception as error:  # protobuf's own error types
-        raise ExportError(f"{fp32_path} is not a readable ONNX file: {reason(error)}.") from error
-    if any(node.op_type == "DequantizeLinear" for node in graph.graph.node):
-        raise ExportError(f"{fp32_path} is already quantized: start from the float file.")
-    weighted, skipped = _products(graph)
+    graph = float_graph(fp32_path)
+    weighted, skipped = products(graph)
     if not weighted:
         raise ExportError(
             f"{fp32_path} has no convolution or matrix product with a weight: there is nothing to quantize."
         )
     if reduce_range is None:
         reduce_range = _int8_overflows()
-    images = _Images(fp32_path, graph, batches, one_by_one=method != "minmax")
+    images = CalibrationImages(fp32_path, graph, batches, one_by_one=method != "minmax")
     with written_whole(int8_path) as unfinished:
         try:
             with quiet():
@@ -135,7 +128,22 @@ def quantize_onnx(
     )
 
 
-class _Images:
+def float_graph(path: Path) -> Any:
+    """The ONNX model in a file, to quantize; ExportError where there is none, or one that already is."""
+    import onnx
+
+    if not path.is_file():
+        raise ExportError(f"There is no ONNX file at {path}. Export the model first.")
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's own error types
+        raise ExportError(f"{path} is not a readable ONNX file: {reason(error)}.") from error
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        raise ExportError(f"{path} is already quantized: run it as it is, or start from the float file.")
+    return model
+
+
+class CalibrationImages:
     """Calibration images as ONNX Runtime asks for them: `get_next` returns the next input, None at the end."""
 
     def __init__(self, path: Path, graph: Any, batches: Iterable[Any], one_by_one: bool) -> None:
@@ -159,7 +167,7 @@ class _Images:
         self.count += len(chunk)
         return {self.input.name: chunk}
 
-    def __iter__(self) -> _Images:
+    def __iter__(self) -> CalibrationImages:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -191,7 +199,7 @@ class _Images:
 def _quantize(
     graph: Any,
     path: Path,
-    images: _Images,
+    images: CalibrationImages,
     *,
     per_channel: bool,
     method: str,
@@ -257,7 +265,7 @@ def _quantize(
     )
 
 
-def _products(graph: Any) -> tuple[list[str], list[str]]:
+def products(graph: Any) -> tuple[list[str], list[str]]:
     """Names of the operators that hold a weight, and of the matrix products that hold none (attention's two)."""
     weights = {weight.name for weight in graph.graph.initializer}
     weighted, free = [], []
