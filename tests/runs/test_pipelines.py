@@ -180,7 +180,7 @@ def test_fine_tuning_and_probing_from_weights(run, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     script = (
         "import vitalloy; from vitalloy.runs import resume; import sys\n"
-        "over = {'epochs': 4, 'threads': 1, 'export': False, 'corruptions': [], 'explain_images': 0, 'ema': True,"
+        "over = {'epochs': 2, 'img_size': 16, 'threads': 1, 'export': False, 'corruptions': [], 'explain_images': 0, 'ema': True,"
         " 'mixup': 0.2, 'seed': 5, 'model': 'vit_nano'}\n"
         "resume(sys.argv[2]) if sys.argv[1] == 'resume' else"
         " vitalloy.fit('digits', name=sys.argv[1], runs=sys.argv[2], overrides=over)\n"
