@@ -178,6 +178,7 @@ def test_blocks_decide_together():
         ({"formats": {"layer.0": "INT4"}}, "'layer.0', which is no quantizable layer.*Did you mean 'layers.0'"),
         ({"formats": {}, "train": sensitive_batches()}, "not both"),
         ({"target_bits": 5}, "give `train`"),
+        ({"train": sensitive_batches(), "weights": 4}, "a search takes target_bits"),
         ({"train": sensitive_batches(), "target_bits": 12}, r"from 4.096e-06 to 1.638e-05 GBOPs, which is 4 to 8 bits"),
         ({"train": sensitive_batches(), "space": "fliqs-xl"}, "is no search space.*fliqs-s-int"),
         ({"train": []}, "no training images"),

@@ -92,7 +92,14 @@ def test_auto_goes_on_without_a_runtime_that_is_not_installed(run, monkeypatch):
 
 
 def test_what_cannot_work_is_refused_before_anything_is_made(run):
-    for arguments in ({"method": "int9"}, {"method": "int8", "weights": 4}, {"method": "int8", "rounds": 3}):
+    wrong = [
+        {"method": "int9"},
+        {"method": "int8", "weights": 4},
+        {"method": "int8", "rounds": 3},
+        {"method": "aphq", "epochs": 3},
+        {"method": "fliqs", "rounds": 3},
+    ]
+    for arguments in wrong:
         with pytest.raises(CompressionError):
             vitalloy.compress_run(run, **arguments)
     with pytest.raises(RecipeError):

@@ -22,7 +22,8 @@ def compress(
     weights: Annotated[Optional[int], typer.Option(help="Bits of a weight, for a published method.")] = None,
     activations: Annotated[Optional[int], typer.Option(help="Bits of an activation, for a published method.")] = None,
     epochs: Annotated[
-        Optional[int], typer.Option(help="Epochs of training, for i_vit, bivit and fliqs; 0 trains nothing.")
+        Optional[int],
+        typer.Option(help="Epochs of training, for i_vit and bivit (fliqs: --set steps=N); 0 trains nothing."),
     ] = None,
     calibration_images: Annotated[int, typer.Option(help="Training images that ranges are read from.")] = 128,
     set_: Annotated[

@@ -13,7 +13,7 @@ from torch import nn
 from vitalloy.benchmark import describe
 from vitalloy.compression import accounting
 from vitalloy.compression.calibration import images_for
-from vitalloy.compression.quantization import METHODS
+from vitalloy.compression.quantization import METHODS, check_options
 from vitalloy.compression.simulated import float_modules
 from vitalloy.errors import CompressionError, ExportError, suggest
 from vitalloy.runs.budget import Budget
@@ -187,6 +187,7 @@ def check(method: str, weights: int | None, activations: int | None, options: di
     if method not in known:
         raise CompressionError(f"there is no method {method!r}: use {', '.join(known)}.{suggest(method, known)}")
     if method in METHODS:
+        check_options(method, options)
         return
     if options:
         raise CompressionError(f"{method} has no options, but got {', '.join(options)}: they belong to a method.")

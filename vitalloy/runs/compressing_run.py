@@ -51,22 +51,19 @@ def compress_run(
     """
     reporter = reporter or Silent()
     folder = RunFolder.open(run)
+    if epochs:
+        options["epochs"] = epochs
     check(method, weights, activations, options)
     model, recipe = load(run), Recipe.from_toml(folder.recipe)
     reporter.stage(f"Reading {recipe.data}")
     splits = stages.splits_of(recipe, download)
     judging = stages.transform_of(model)
     train, val, test = (s.with_transform(judging) for s in (splits.train, splits.val, splits.test))
-    trains = method in METHODS and METHODS[method].kind == "training"
-    if epochs is not None and not trains:
-        raise CompressionError(f"{method} does not train: leave epochs out.")
-    if trains and epochs != 0:
+    if method in METHODS and METHODS[method].kind == "training" and epochs != 0:
         from vitalloy.training.trainer import transforms
 
         shown = splits.train.with_transform(transforms(recipe, splits.native_size)[0])
         options["train"] = _Epochs(shown, recipe.batch_size, recipe.seed)
-        if epochs is not None:
-            options["epochs"] = epochs
     fresh = folder.path / "compressed" / f".{method}.part"
     shutil.rmtree(fresh, ignore_errors=True)
     try:

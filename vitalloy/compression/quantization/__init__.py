@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +66,9 @@ def quantize(
     """
     from vitalloy.compression.calibration import images_for, prepared
 
-    known = options_of(method)
     given = {"weights": weights, "activations": activations, **options}
     given = {name: value for name, value in given.items() if value is not None}
-    for name in given:
-        if name not in known:
-            raise CompressionError(f"{method} has no option {name!r}: {', '.join(known)}.{suggest(name, known)}")
+    check_options(method, given)
     own = prepared(model)
     return _run(method)(own, images_for(own, calibration), **given).eval()
 
@@ -82,6 +79,14 @@ def options_of(method: str) -> dict[str, Any]:
         raise CompressionError(f"there is no method {method!r}: use {', '.join(METHODS)}.{suggest(method, METHODS)}")
     parameters = list(inspect.signature(_run(method)).parameters.values())[2:]  # behind the model and the images
     return {parameter.name: parameter.default for parameter in parameters}
+
+
+def check_options(method: str, names: Iterable[str]) -> None:
+    """Raises CompressionError for the first name that is no option of the method."""
+    known = options_of(method)
+    for name in names:
+        if name not in known:
+            raise CompressionError(f"{method} has no option {name!r}: {', '.join(known)}.{suggest(name, known)}")
 
 
 def _run(method: str) -> Callable[..., nn.Module]:

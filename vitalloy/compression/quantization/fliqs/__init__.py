@@ -62,8 +62,8 @@ def quantize(
     model: nn.Module,
     images: Tensor,
     *,
-    weights: int = 8,
-    activations: int = 8,
+    weights: int | None = None,
+    activations: int | None = None,
     formats: Mapping[str, str] | None = None,
     train: Batches | None = None,
     space: str | Sequence[str] = ("INT4", "INT8"),
@@ -83,7 +83,7 @@ def quantize(
     """Give every plain linear layer and convolution a number format, in place; the first and the last layer too.
 
     One of three: `formats` applies a given map; `train` searches one; without both every layer gets INT`weights` and
-    its input INT`activations`. Nothing is trained unless `train` is given.
+    its input INT`activations`, 8 when None. Nothing is trained unless `train` is given.
 
     Args:
         images: calibration images (N, C, H, W); used to measure the layers' work, and for `static`.
@@ -114,6 +114,8 @@ def quantize(
         raise CompressionError("Give `formats` to apply a map, or `train` to search one, not both.")
     if target_bits is not None and train is None:
         raise CompressionError("target_bits needs training images to search with: give `train`, or leave it out.")
+    if (weights, activations) != (None, None) and (formats is not None or train is not None):
+        raise CompressionError("weights and activations are for one format everywhere: a search takes target_bits.")
     scales = {"weight_scale": weight_scale, "activation_scale": activation_scale}
     if train is not None:
         found = search(
@@ -136,7 +138,8 @@ def quantize(
         layers = {name: layer for name, layer in model.named_modules() if name in found.formats}
     else:
         layers = searchable(model, exclude, **scales)
-        uniform = f"{_of_bits(weights, 'weights')}/{_of_bits(activations, 'activations')}"
+        bits = {"weights": weights, "activations": activations}
+        uniform = "/".join(_of_bits(8 if count is None else count, what) for what, count in bits.items())
         set_formats(layers, dict.fromkeys(layers, uniform) if formats is None else formats)
     if static:
         freeze(model.eval(), layers.values(), images)
