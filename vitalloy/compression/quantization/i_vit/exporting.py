@@ -10,6 +10,7 @@ requantizes in one pass, and the 64-bit product, shift and clip of each value pa
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,19 @@ def export_integer_onnx(runtime: fx.GraphModule, example: Tensor, path: str | Pa
     example = example[:2] if len(example) > 1 else torch.cat([example, example])
     path = Path(path)
     try:
-        program = torch.onnx.export(
-            runtime,
-            (example.float(),),
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-            dynamo=True,
-            verbose=False,
-            optimize=False,
-            custom_translation_table=_translations(),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporter warns of PyTorch
+            program = torch.onnx.export(
+                runtime,
+                (example.float(),),
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                custom_translation_table=_translations(),
+            )
         for node in program.model.graph:  # stack traces with local paths, larger than the weights
             node.metadata_props.clear()
         program.save(str(path), external_data=False)
