@@ -29,8 +29,8 @@ MODELS = ("fashion_hybrid",)
 BITS = ((8, 8), (6, 6), (4, 8), (4, 4), (3, 3))
 CALIBRATION, TESTED, TRAINED = 128, 2000, 12_800  # images
 SEARCHES = ("easyquant", "fq_vit", "ptq4vit", "repq_vit", "q_hyvit", "aphq")
-TRAININGS = {"i_vit": ((8, 8),), "bivit": ((1, 1),), "fliqs": ((4, 4), (6, 6))}
-OPTIONS = {"aphq": {"iterations": 200}}
+TRAININGS = {"i_vit": ((8, 8),), "bivit": ((1, 1),), "fliqs": ((6, 6),)}  # 6: the mean that a search aims at
+OPTIONS = {"aphq": {"iterations": 200}, "i_vit": {"epochs": 1}, "bivit": {"epochs": 4}, "fliqs": {"steps": 400}}
 
 
 def evenly(images, count):
@@ -54,7 +54,9 @@ def study(name: str, methods: list[str], rows: list[dict]) -> None:
             options = dict(OPTIONS.get(method, {}))
             if method in TRAININGS:
                 options["train"] = shown
-            if method in METHODS:
+            if method == "fliqs":
+                options["target_bits"] = weights
+            elif method in METHODS:
                 options |= {"weights": weights, "activations": activations}
             started = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vitalloy
-from vitalloy.compression import scale_search
+from vitalloy.compression import accounting, scale_search
 from vitalloy.compression.norm_folding import fold, norms_and_layers
 from vitalloy.compression.quantization import quantize
 from vitalloy.compression.quantization.fq_vit import IntegerAttend, IntegerLayerNorm
@@ -63,6 +63,8 @@ def test_eight_bits_keep_the_accuracy(method, digits):
     again = quantize(model, images, method, **options)
     with torch.no_grad():
         assert torch.equal(made(images), again(images))
+    rows = accounting.table(made, images)
+    assert len(rows) == 12 and all(row["sqnr_db"] > 10 for row in rows if row["sqnr_db"] is not None)
 
 
 @pytest.mark.parametrize("method", METHODS)
