@@ -1,4 +1,4 @@
-"""Accuracy, size and latency of every quantizer at several bit widths, on the bundled model.
+"""Accuracy, size and latency of every quantizer at several bit widths, on the bundled models.
 
     python benchmarks/compression_study.py [--methods easyquant ...]
 
@@ -25,7 +25,7 @@ from vitalloy.errors import VitalloyError
 from vitalloy.runs import transform_of
 
 RESULTS = Path(__file__).parent / "results" / "compression_study.json"
-MODELS = ("fashion_hybrid",)
+MODELS = ("fashion_hybrid", "fashion_vit")
 BITS = ((8, 8), (6, 6), (4, 8), (4, 4), (3, 3))
 CALIBRATION, TESTED, TRAINED = 128, 2000, 12_800  # images
 SEARCHES = ("easyquant", "fq_vit", "ptq4vit", "repq_vit", "q_hyvit", "aphq")

@@ -76,6 +76,8 @@ def compression_study() -> str:
     lines = []
     for model, members in groupby(rows, key=lambda row: row["model"]):
         members = list(members)
+        methods = list(dict.fromkeys(row["method"] for row in members))
+        members.sort(key=lambda row: (methods.index(row["method"]), -row["weights"], -row["activations"]))
         first = next(row for row in members if "float" in row)
         low, high = first["float"]["top1_interval"]
         lines += [
@@ -101,6 +103,58 @@ def _study_row(row: dict[str, Any]) -> str:
     size = "" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.2f}"
     where = row["execution"] if row["execution"] == "simulation" else f"{row['execution']}, {row['runtime']}"
     return f"{head} {100 * row['top1']:.1f} | {change:+.1f} | {size} | {latency} | {where} |"
+
+
+WAYS = {
+    "eager_fp32": "PyTorch, ours",
+    "timm_eager_fp32": "PyTorch, timm's",
+    "onnx_fp32": "ONNX Runtime",
+    "openvino_fp32": "OpenVINO",
+    "onnx_static_int8": "ONNX Runtime int8, static",
+    "onnx_dynamic_int8": "ONNX Runtime int8, dynamic",
+    "onnx_our_scales_int8": "ONNX Runtime int8, our scales",
+    "openvino_int8": "OpenVINO int8, NNCF",
+    "openvino_our_scales_int8": "OpenVINO int8, our scales",
+    "inductor_int8": "Inductor int8",
+}
+
+
+def quantized() -> str:
+    """How fast int8 runs on each runtime, as `benchmarks/quantized.py` measured it."""
+    lines = []
+    for path in sorted(RESULTS.glob("quantized-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows = result["rows"]
+        lines += [
+            f"{result['machine']['cpu']}, one thread, one image, {result['date']}. The first row is in milliseconds, "
+            "the others are times as fast as it.",
+            "",
+            "".join(["| |", *(f" `{row['model']}` |" for row in rows)]),
+            f"| --- |{' ---: |' * len(rows)}",
+        ]
+        for way, words in WAYS.items():
+            ways = [row["ways"].get(way) for row in rows]
+            kind = "median_ms" if way == "eager_fp32" else "speed_up"
+            unit = " ms" if way == "eager_fp32" else ""
+            cells = ["" if found is None else f"{found[kind]:.{1 if unit else 2}f}{unit}" for found in ways]
+            lines.append(f"| {words} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def perturbation() -> str:
+    """What the two perturbations behind APHQ-ViT's Hessian measure, as `benchmarks/perturbation.py` found it."""
+    rows = json.loads((RESULTS / "perturbation.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        "| model | push | kept in float64 | top-1 at 3/3 bits (%) |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for row in rows:
+        for kind, words in (("rademacher", "random signs"), ("ones", "as published"), ("no Hessian", "none: squares")):
+            kept = f"{row[f'{kind}_survives']:.2g}" if f"{kind}_survives" in row else ""
+            scores = ", ".join(f"{100 * top1:.1f}" for top1 in row["top1"][kind])
+            lines.append(f"| `{row['model']}` | {words} | {kept} | {scores} |")
+    return "\n".join([*lines, ""])
 
 
 def gallery() -> str:
@@ -187,6 +241,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "systems": gallery,
     "architectures": architectures,
     "compression_study": compression_study,
+    "quantized": quantized,
+    "perturbation": perturbation,
 }
 
 

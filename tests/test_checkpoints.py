@@ -350,9 +350,13 @@ def test_a_bundle_loads_from_the_hub(tmp_path, monkeypatch):
     assert asked == [("me/cvt", ["model.safetensors", "model.json"])]
 
 
-def test_the_bundled_model_loads_and_says_what_it_is():
-    model = vitalloy.load("bundled:fashion_hybrid")
+@pytest.mark.parametrize(("name", "side"), [("fashion_hybrid", 32), ("fashion_vit", 28)])
+def test_bundled_models_load_and_say_what_they_are(name, side):
+    model = vitalloy.load(f"bundled:{name}")
     assert model.classes[9] == "Ankle boot" and model.about["data"] == "FashionMNIST" and not model.training
-    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+    assert model(torch.zeros(2, 1, side, side)).shape == (2, 10)
+
+
+def test_a_bundled_model_that_does_not_exist_is_named():
     with pytest.raises(CheckpointError, match="no such"):
         vitalloy.load("bundled:nothing")

@@ -245,8 +245,8 @@ def _replace(files: Mapping[Path, bytes]) -> None:
 def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
     """A model from a bundle: a run folder, a folder made by `save`, `hf-hub:owner/name`, or `bundled:NAME`.
 
-    A small model comes with the library, for trials: `bundled:fashion_hybrid`, trained here on Fashion-MNIST by the
-    recipe beside it.
+    Two small models come with the library, for trials: `bundled:fashion_hybrid` and `bundled:fashion_vit`, trained here
+    on Fashion-MNIST by the recipes beside them.
 
     Returns:
         The model in evaluation mode; `model.about` holds everything that `model.json` says, `model.classes` its

@@ -15,6 +15,7 @@ import vitalloy
 from vitalloy.compression.quantization import i_vit
 from vitalloy.compression.quantization.i_vit import arithmetic, layers
 from vitalloy.compression.quantization.i_vit.integer import in_double
+from vitalloy.deployment import OnnxModel
 from vitalloy.errors import CompressionError
 from vitalloy.layers.fusion import fuse
 
@@ -151,6 +152,24 @@ def test_onnx_gives_the_same_logits(digits, tmp_path):
     assert not kinds & {"MatMul", "Gemm", "Conv", "Softmax", "Erf", "LayerNormalization", "Sqrt", "Exp"}
     types = {info.name: info.type.tensor_type.elem_type for info in graph.value_info}
     assert len(types) > 100 and sum(kind in (1, 10, 11) for kind in types.values()) <= 16
+
+
+def test_parts_of_a_split_are_loaded_by_onnx_runtime(tmp_path):
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(3, 24, 4, 4), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, two = self.embed(x).split([8, 16], dim=1)
+            left, right = two.chunk(2, dim=1)
+            return self.head((one.relu() + left - right).mean((2, 3)))
+
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    runtime = i_vit.to_integer(i_vit.quantize(Halves().eval(), images))
+    path = i_vit.export_integer_onnx(runtime, images[:2], tmp_path / "halves.onnx")
+    assert torch.equal(OnnxModel(path)(images), runtime(images))
 
 
 @pytest.mark.slow

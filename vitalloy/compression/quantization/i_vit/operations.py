@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,10 +14,11 @@ from vitalloy.errors import CompressionError
 # entries move, or some of them are taken; the scale of the whole stays
 PERMUTING = {"permute", "transpose", "movedim", "mT", "t"}
 SUBSETS = {"select", "slice"}
+SPLITTING = {"split", "split_with_sizes", "chunk"}  # written as slices
 MOVING = {
     *(PERMUTING | SUBSETS),
     *("flatten", "unflatten", "view", "reshape", "_unsafe_view", "view_as", "squeeze", "unsqueeze"),
-    *("unbind", "split", "split_with_sizes", "chunk", "getitem", "expand", "expand_as", "repeat", "roll", "flip"),
+    *("unbind", "getitem", "expand", "expand_as", "repeat", "roll", "flip"),
     *("index_select", "pad", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle"),
 }
 NOTHING = {"contiguous", "clone", "detach", "alias", "to", "type_as", "dropout", "lift_fresh_copy"}  # for a value
@@ -46,13 +48,32 @@ def export(model: nn.Module, example: Tensor) -> fx.GraphModule:
     try:
         with torch.no_grad():
             program = torch.export.export(model, (example,), dynamic_shapes=batch, strict=False)
-        return program.module(check_guards=False)
+        return _sliced(program.module(check_guards=False))
     except Exception as error:  # the exporter raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CompressionError(
             f"{type(model).__name__} cannot be written as one graph for integers, because its forward pass depends on "
             f"values or the number of images ({reason}). Use another method, such as 'easyquant'."
         ) from error
+
+
+def _sliced(module: fx.GraphModule) -> fx.GraphModule:
+    """Parts taken one by one: ONNX Runtime splits no integers of 8 or 16 bits into a sequence."""
+    graph = module.graph
+    for node in [n for n in graph.nodes if n.op == "call_function" and name_of(n) in SPLITTING]:
+        axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        ends = list(accumulate(part.shape[axis] for part in node.meta["val"]))
+        for part in list(node.users):
+            i = part.args[1]
+            with graph.inserting_before(part):
+                bounds = (axis, ends[i] - node.meta["val"][i].shape[axis], ends[i])
+                taken = graph.call_function(torch.ops.aten.slice.Tensor, (node.args[0], *bounds))
+            taken.meta = part.meta
+            part.replace_all_uses_with(taken)
+            graph.erase_node(part)
+        graph.erase_node(node)
+    module.recompile()
+    return module
 
 
 class IntegerModel(fx.GraphModule):
