@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 from pathlib import Path
-from statistics import median
 
 import torch
 from compression_study import CALIBRATION, MODELS, OPTIONS, TESTED, evenly
@@ -49,8 +48,6 @@ def measure(name: str, seeds: int) -> dict:
     tested = make_loader(evenly(splits.test.with_transform(judging), TESTED), 100, train=False)
     layers = perturbation_report(model, calibration[:LOOKED_AT])
     row = {"model": name, "images": len(tested.dataset), "float_top1": accuracy(model, tested), "layers": layers}
-    for kind in ("ones", "rademacher"):
-        row[f"{kind}_survives"] = median(layer[f"{kind}_survives"] for layer in layers.values())
     row["top1"] = {
         variant: [
             accuracy(quantize(model, calibration, "aphq", weights=3, activations=3, seed=seed, **options), tested)

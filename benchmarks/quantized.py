@@ -3,7 +3,8 @@
 Every way to run a model is timed in turns in one process: PyTorch as it is, timm's model where it has one, ONNX Runtime
 and OpenVINO in float32, and their int8 forms: static and dynamic quantization by ONNX Runtime, our own scales as a Q/DQ
 file, NNCF's, and PT2E compiled. Weights are random, which latency does not depend on; figures are medians, and what
-counts is the ratio to eager PyTorch. Files are kept in `--files` and reused, so that a second run only times.
+counts is the ratio to eager PyTorch. Files are kept in `--files` and reused, so that a second run only times. Of
+OpenVINO's int8 form the time in each kind of operation is kept too.
 Results go to benchmarks/results/quantized-<machine>.json.
 """
 
@@ -14,6 +15,7 @@ import gc
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -130,7 +132,26 @@ def measure(name: str, folder: Path, repeats: int, budget_s: float, inductor: bo
         }
         for kind, time in times.items()
     }
+    row["profile_openvino_int8"] = profile(paths["openvino_int8"], seen[:1])
     return row
+
+
+def profile(path: Path, image: torch.Tensor, repeats: int = 20) -> dict[str, float]:
+    """Milliseconds that OpenVINO spends in each kind of operation on one image, the longest first."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape([*image.shape])
+    options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    spent: Counter[str] = Counter()
+    for turn in range(2 * repeats):
+        request.infer({0: image.numpy()})
+        if turn >= repeats:  # the first half warms up
+            for node in request.get_profiling_info():
+                spent[f"{node.node_type} {node.exec_type}"] += node.real_time.total_seconds() * 1e3 / repeats
+    return {kind: round(ms, 3) for kind, ms in spent.most_common() if ms > 0}
 
 
 def size(path: Path | None) -> int | None:

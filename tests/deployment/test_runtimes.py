@@ -12,7 +12,15 @@ from torch import nn
 from vitalloy.compression.calibration import prepared, record
 from vitalloy.compression.quantizers import asymmetric, symmetric
 from vitalloy.compression.simulated import simulate
-from vitalloy.deployment import OnnxModel, OpenVinoModel, compile_int8, export_onnx, export_qdq, quantize_openvino
+from vitalloy.deployment import (
+    OnnxModel,
+    OpenVinoModel,
+    compile_int8,
+    export_onnx,
+    export_qdq,
+    quantize_dynamic,
+    quantize_openvino,
+)
 from vitalloy.errors import ExportError
 from vitalloy.layers.attention import SelfAttention
 
@@ -158,3 +166,15 @@ def test_inductor_int8_answers_alike():
     ours, theirs = answers(model, pictures(1, 3)), run(pictures(1, 3))
     assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.99
     assert not torch.equal(ours, theirs)  # it did round
+
+
+@needs_torchao
+def test_torchao_int8_answers_alike_and_leaves_the_model_alone(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = quantize_dynamic(model)
+    ours, theirs = answers(model, pictures(6)), run(pictures(6))
+    assert torch.cosine_similarity(ours - ours.mean(0), theirs - theirs.mean(0)).min() > 0.98
+    assert not torch.equal(ours, theirs)  # it did round
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ExportError, match="no linear layer"):
+        quantize_dynamic(nn.Conv2d(3, 8, 3))

@@ -12,8 +12,8 @@ def compress(
         str,
         typer.Option(
             help="auto (measure what runs here and take the fastest that keeps the budget), int8, int8_dynamic, "
-            "openvino, inductor, or a published method: easyquant, fq_vit, ptq4vit, repq_vit, aphq, q_hyvit, i_vit, "
-            "bivit, fliqs."
+            "openvino, inductor, torchao, or a published method: easyquant, fq_vit, ptq4vit, repq_vit, aphq, q_hyvit, "
+            "i_vit, bivit, fliqs."
         ),
     ] = "auto",
     budget: Annotated[

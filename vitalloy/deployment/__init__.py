@@ -1,5 +1,6 @@
 """Taking a trained model elsewhere: ONNX, Q/DQ, int8, OpenVINO, TorchScript, PT2 and compiled models, each measured."""
 
+from vitalloy.deployment.dynamic import quantize_dynamic
 from vitalloy.deployment.inductor import compile_int8
 from vitalloy.deployment.int8 import Int8Export, quantize_onnx
 from vitalloy.deployment.onnx import OnnxExport, OnnxModel, Verification, export_onnx, verify_onnx
@@ -20,6 +21,7 @@ __all__ = [
     "export_pt2",
     "export_qdq",
     "export_torchscript",
+    "quantize_dynamic",
     "quantize_onnx",
     "quantize_openvino",
     "verify_onnx",

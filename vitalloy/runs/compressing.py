@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from vitalloy.benchmark import describe
@@ -20,7 +21,7 @@ from vitalloy.runs.budget import Budget
 from vitalloy.runs.folder import Reporter, Silent
 from vitalloy.runs.trials import RUNTIMES, Batches, Call, Trial, Workbench, judge, time_all
 
-AUTO = ("int8", "int8_dynamic", "openvino")  # what `auto` tries, whatever of it is installed
+AUTO = ("int8", "int8_dynamic", "openvino")  # what `auto` tries, whatever of it is installed; "torchao" on CUDA
 SMALLEST = ("aphq", {"weights": 4, "activations": 8})  # tried when nothing of it is small enough
 TOLERANCE = 0.005  # accuracy that `auto` may lose where no budget says otherwise
 
@@ -119,8 +120,8 @@ def compress(
         model: any backbone of ours or of timm, with a classifier; not changed.
         calibration: images as the model takes them: a tensor (N, C, H, W), or batches of them; 32 or more.
         method: "auto" measures what runs in integers on this machine and takes the fastest that keeps the budget;
-            "int8", "int8_dynamic", "openvino" or "inductor" name one of these; "easyquant", "fq_vit", "ptq4vit",
-            "repq_vit", "aphq", "q_hyvit", "i_vit", "bivit" or "fliqs" is a published method.
+            "int8", "int8_dynamic", "openvino", "inductor" or "torchao" name one of these; "easyquant", "fq_vit",
+            "ptq4vit", "repq_vit", "aphq", "q_hyvit", "i_vit", "bivit" or "fliqs" is a published method.
         weights, activations: bits, for the published methods; their own when None.
         evaluation: batches (images, labels), gone through more than once; without it the answers on the calibration
             images are compared with the float model's.
@@ -204,7 +205,7 @@ def _automatic(
     bench: Workbench, tried: list[Trial], choosing: Batches, budget: Budget, reporter: Reporter
 ) -> tuple[list[Trial], int]:
     """Everything worth trying, and the number of the one to take: the fastest, or the nearest to the budget."""
-    for name in AUTO:
+    for name in (*AUTO, *(["torchao"] if torch.cuda.is_available() else [])):
         tried.append(_attempt(bench, name, reporter))
     seen = judge([t for t in tried if t.call], choosing, reporter)
     integer = [t for t in seen if t.execution != "float"]

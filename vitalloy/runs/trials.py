@@ -21,6 +21,7 @@ from vitalloy.deployment import (
     compile_int8,
     export_onnx,
     export_qdq,
+    quantize_dynamic,
     quantize_onnx,
     quantize_openvino,
 )
@@ -37,6 +38,7 @@ RUNTIMES = {
     "int8_dynamic": "dynamic int8 in ONNX Runtime: ranges of matrix products measured in every call",
     "openvino": "static int8 in OpenVINO, quantized by NNCF (extra: openvino)",
     "inductor": "static int8 compiled by PyTorch's Inductor (extra: torchao, and a C++ compiler)",
+    "torchao": "dynamic int8 of linear layers by torchao, on CUDA where there is one (extra: torchao)",
 }
 
 
@@ -136,6 +138,10 @@ class Workbench:
     def _inductor(self) -> Trial:
         call = compile_int8(self.model, self.images)
         return Trial("inductor", 8, 8, "integer layers", "PyTorch Inductor", _version("torch"), call=call)
+
+    def _torchao(self) -> Trial:
+        call = quantize_dynamic(self.model)
+        return Trial("torchao", 8, 8, "integer layers", "torchao", _version("torchao"), call=call)
 
     def _published(self, method: str, options: dict[str, Any]) -> Trial:
         progress = {"progress": self.reporter.advance} if "progress" in options_of(method) else {}
