@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import groupby, takewhile
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -138,22 +139,29 @@ def quantized() -> str:
             unit = " ms" if way == "eager_fp32" else ""
             cells = ["" if found is None else f"{found[kind]:.{1 if unit else 2}f}{unit}" for found in ways]
             lines.append(f"| {words} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", "Where the time of OpenVINO's int8 form goes:", "", *(_profile(row) for row in rows), ""]
     return "\n".join(lines)
+
+
+def _profile(row: dict[str, Any], shown: int = 5) -> str:
+    spent = row["profile_openvino_int8"]
+    parts = [f"{kind} {ms / sum(spent.values()):.0%}" for kind, ms in list(spent.items())[:shown]]
+    return f"- `{row['model']}`: {', '.join(parts)}"
 
 
 def perturbation() -> str:
     """What the two perturbations behind APHQ-ViT's Hessian measure, as `benchmarks/perturbation.py` found it."""
     rows = json.loads((RESULTS / "perturbation.json").read_text(encoding="utf-8"))["rows"]
     lines = [
-        "| model | push | kept in float64 | top-1 at 3/3 bits (%) |",
-        "| --- | --- | ---: | ---: |",
+        "| model | push | kept in float64: median layer | least | most | top-1 at 3/3 bits (%) |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         for kind, words in (("rademacher", "random signs"), ("ones", "as published"), ("no Hessian", "none: squares")):
-            kept = f"{row[f'{kind}_survives']:.2g}" if f"{kind}_survives" in row else ""
+            found = [layer.get(f"{kind}_survives") for layer in row["layers"].values()]
+            kept = [f"{f(found):.2g}" for f in (median, min, max)] if None not in found else [""] * 3
             scores = ", ".join(f"{100 * top1:.1f}" for top1 in row["top1"][kind])
-            lines.append(f"| `{row['model']}` | {words} | {kept} | {scores} |")
+            lines.append(f"| `{row['model']}` | {words} | {' | '.join(kept)} | {scores} |")
     return "\n".join([*lines, ""])
 
 
