@@ -54,7 +54,7 @@ def commands(page: Path) -> list[list[str]]:
 # ---- what is generated
 
 
-@pytest.mark.parametrize("name", ["recipe", "systems", "architectures", "compression_study"])
+@pytest.mark.parametrize("name", ["recipe", "systems", "architectures", "compression_study", "quantized", "perturbation"])
 def test_generated_parts_are_up_to_date(name):
     assert part(name) == gallery.PARTS[name](), "run `python docs/gallery.py`"
 

@@ -178,3 +178,12 @@ def test_torchao_int8_answers_alike_and_leaves_the_model_alone(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ExportError, match="no linear layer"):
         quantize_dynamic(nn.Conv2d(3, 8, 3))
+
+
+@needs_nncf
+def test_openvino_turns_depthwise_weights_into_integers(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Flatten()).eval()
+    export_onnx(model, pictures(2), tmp_path / "float.onnx")
+    made = quantize_openvino(tmp_path / "float.onnx", tmp_path / "int8.xml", [pictures(8)])
+    assert made.quantized == made.weighted == 2

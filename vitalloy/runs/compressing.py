@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from vitalloy.benchmark import describe
@@ -21,7 +20,7 @@ from vitalloy.runs.budget import Budget
 from vitalloy.runs.folder import Reporter, Silent
 from vitalloy.runs.trials import RUNTIMES, Batches, Call, Trial, Workbench, judge, time_all
 
-AUTO = ("int8", "int8_dynamic", "openvino")  # what `auto` tries, whatever of it is installed; "torchao" on CUDA
+AUTO = ("int8", "int8_dynamic", "openvino")  # what `auto` tries, whatever of it is installed
 SMALLEST = ("aphq", {"weights": 4, "activations": 8})  # tried when nothing of it is small enough
 TOLERANCE = 0.005  # accuracy that `auto` may lose where no budget says otherwise
 
@@ -205,7 +204,7 @@ def _automatic(
     bench: Workbench, tried: list[Trial], choosing: Batches, budget: Budget, reporter: Reporter
 ) -> tuple[list[Trial], int]:
     """Everything worth trying, and the number of the one to take: the fastest, or the nearest to the budget."""
-    for name in (*AUTO, *(["torchao"] if torch.cuda.is_available() else [])):
+    for name in AUTO:
         tried.append(_attempt(bench, name, reporter))
     seen = judge([t for t in tried if t.call], choosing, reporter)
     integer = [t for t in seen if t.execution != "float"]
