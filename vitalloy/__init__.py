@@ -25,6 +25,7 @@ _HOME = {
     "Recipe": "training.recipe",
     "compress": "runs",
     "compress_run": "runs",
+    "calibrate_exits": "runs",
     "explain": "explanation",
     "fit": "runs",
     "evaluate": "runs",

@@ -189,7 +189,7 @@ def save(model: nn.Module, folder: str | Path, about: Mapping[str, Any] | None =
     """Write a model as a bundle: `model.safetensors` and `model.json`, which `load` reads back.
 
     Args:
-        model: made by `vitalloy.create_model` (its call is stored, not its code).
+        model: made by `vitalloy.create_model` (its call is stored, not its code), or what compression left of one.
         about: anything JSON can hold that belongs to the model, such as class names.
     """
     if not hasattr(model, "build_args"):
@@ -202,6 +202,10 @@ def save(model: nn.Module, folder: str | Path, about: Mapping[str, Any] | None =
     config = {k: model.default_cfg.get(k) for k in ("input_size", "mean", "std", "interpolation", "crop_pct")}
     config |= {"size": list(model.default_cfg["input_size"][-2:]), "small": False}
     record = {"format": "vitalloy bundle 1", "model": model.build_args, "preprocessing": config, **(about or {})}
+    if hasattr(model, "steps"):
+        from vitalloy.compression.reduction import steps_of
+
+        record["steps"] = steps_of(model)
     try:
         described = json.dumps(record, indent=1, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
@@ -274,6 +278,10 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{text}: not a Vitalloy bundle ({error!r}).") from error
     model = create_model(name, **args)
+    if about.get("steps"):
+        from vitalloy.compression.reduction import rebuild
+
+        model = rebuild(model, about["steps"])
     load_checkpoint(model, folder / BUNDLE_WEIGHTS)
     model.default_cfg.update({k: v for k, v in about.get("preprocessing", {}).items() if v is not None})
     model.about, model.classes = about, about.get("classes")
@@ -281,8 +289,12 @@ def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
 
 
 def _open_runtime(file: Path, about: dict[str, Any]) -> Any:
-    """A compressed model in what runs it: ONNX Runtime, OpenVINO, or packed bits."""
-    if file.suffix == ".safetensors":
+    """A compressed model in what runs it: ONNX Runtime (a folder where images leave early), OpenVINO, packed bits."""
+    if file.is_dir():
+        from vitalloy.deployment.cascade import CascadeModel
+
+        model = CascadeModel(file)
+    elif file.suffix == ".safetensors":
         from vitalloy.compression.calibration import prepared
         from vitalloy.compression.quantization.bivit import load_packed
         from vitalloy.registry import create_model

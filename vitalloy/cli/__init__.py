@@ -19,11 +19,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-COMMANDS = ("fit", "compress", "predict", "evaluate", "export", "models", "systems")
+COMMANDS = ("fit", "compress", "exits", "predict", "evaluate", "export", "models", "systems")
 GROUPS = ("deepfake",)
 for _name in COMMANDS:
     _command = getattr(importlib.import_module(f"vitalloy.cli.{_name}"), _name)
-    app.command(_name, no_args_is_help=_name in ("compress", "predict", "evaluate", "export"))(_command)
+    app.command(_name, no_args_is_help=_name in ("compress", "exits", "predict", "evaluate", "export"))(_command)
 for _name in GROUPS:
     app.add_typer(importlib.import_module(f"vitalloy.cli.{_name}").app, name=_name)
 

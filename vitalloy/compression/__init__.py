@@ -1,1 +1,1 @@
-"""Smaller and faster models: quantization/, one method a file, on any backbone."""
+"""Smaller and faster models: quantization/, tokens/, pruning/, one published method a file, on any backbone."""

@@ -20,8 +20,8 @@ log = logging.getLogger("vitalloy")
 LEAST, ADVISED, MOST = 8, 32, 1024  # images
 
 
-def prepared(model: nn.Module) -> nn.Module:
-    """A copy to compress: eval mode, batch norms and scales folded, parameters open to training.
+def copied(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose parameters are open to training.
 
     Raises:
         CompressionError: a weight is not a number.
@@ -29,7 +29,16 @@ def prepared(model: nn.Module) -> nn.Module:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise CompressionError(f"{name} holds values that are not finite: the model cannot be compressed.")
-    own = copy.deepcopy(model).eval()
+    return copy.deepcopy(model).eval().requires_grad_(True)
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """A copy to compress: eval mode, batch norms and scales folded, parameters open to training.
+
+    Raises:
+        CompressionError: a weight is not a number.
+    """
+    own = copied(model)
     own = own.fuse() if callable(getattr(own, "fuse", None)) else fuse(own)
     return own.requires_grad_(True)
 

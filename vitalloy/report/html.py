@@ -67,6 +67,7 @@ def render(metrics: dict, folder: Path, images: Path) -> str:
         "errors": _errors(test, (metrics.get("data") or {}).get("classes") or []),
         "baseline": _baseline(test),
         "trials": _trials(metrics),
+        "omitted": [_omitted(part, images) for part in metrics.get("compression") or [] if part.get("steps")],
         "pictures": _pictures((metrics.get("explanation") or {}).get("images") or [], images),
         "words": words,
     }
@@ -111,6 +112,19 @@ def _trials(metrics: dict) -> list[dict]:
             if row.get("method") not in ("float", "onnx") or row["name"] not in [r["name"] for r in rows]:
                 rows.append({**row, "chosen": row["name"] == part.get("chosen")})
     return rows
+
+
+def _omitted(part: dict, images: Path) -> dict:
+    """What the methods of one `compress` that leave work out left out: plots, and pictures by method."""
+    settings = {step["method"]: step.get("settings") or {} for step in part["steps"]}
+    curve = part.get("exits") or {}
+    shown = _pictures(part.get("pictures") or [], images)["shown"]
+    return {
+        **part,
+        "kept": plots.kept((settings.get("lpvit") or {}).get("layers") or []),
+        "curve": plots.exits(curve.get("rows") or [], curve["chosen"]) if curve else None,
+        "shown": {method: [row for row in shown if row["method"] == method] for method in settings},
+    }
 
 
 def _errors(test: dict, names: list[str]) -> dict:

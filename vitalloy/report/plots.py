@@ -229,6 +229,45 @@ def frontier(rows: list[dict]) -> Markup | None:
     return svg(460, 310, "Latency against accuracy; the area of a point is its file size", *parts)
 
 
+def exits(rows: list[dict], chosen: dict) -> Markup | None:
+    """Accuracy against the mean work of an image, a point for each threshold; the chosen thresholds are marked."""
+    rows = sorted((r for r in rows if number(r.get("macs")) is not None), key=lambda r: r["macs"])
+    if len(rows) < 2:
+        return None
+    x = nice([0.0, rows[-1]["macs"]], 52.0, 446.0, floor=0.0)
+    y = nice([r["accuracy"] for r in [*rows, chosen]], 270.0, 40.0, floor=0.0, ceil=1.0)
+    parts = [frame(x, y, "mean work of an image, of the full model's", "Top-1 accuracy", whole_percent, whole_percent)]
+    path = " ".join(f"{x(r['macs']):.1f},{y(r['accuracy']):.1f}" for r in rows)
+    parts.append(el("polyline", points=path, cls="line teal"))
+    for r in [*rows, chosen]:
+        mark = r is chosen
+        levels = ", ".join(sig(t) for t in (r["thresholds"] if mark else r["thresholds"][:1]))
+        tip = f"threshold {levels}: {pct(r['accuracy'])} with {pct(r['macs'])} of the work"
+        parts.append(el("circle", cx=x(r["macs"]), cy=y(r["accuracy"]), r=7, cls="hover", tip=tip))
+        if mark:
+            parts.append(el("circle", cx=x(r["macs"]), cy=y(r["accuracy"]), r=5, cls="dot copper"))
+            parts.append(el("text", "chosen", x=x(r["macs"]) + 9, y=y(r["accuracy"]) + 15, cls="key copper"))
+    return svg(460, 310, "Accuracy against work for every threshold of the exits", *parts)
+
+
+def kept(rows: list[dict]) -> Markup | None:
+    """A bar for each layer: the share of its work that stays."""
+    rows = [r for r in rows if number(r.get("kept")) is not None]
+    if not rows:
+        return None
+    x, tall, y, parts = Axis(0.0, 1.0, 168.0, 396.0), 14, 14.0, []
+    for r in rows:
+        name, share = r["layer"], r["kept"]
+        tip = f"{name}: {pct(share)} of {count(r['macs_before'])} multiply-adds stay"
+        box = {"x": 168, "y": y, "height": tall - 4, "rx": 2}
+        parts.append(el("text", cut(name, 24), x=160, y=y + 9, cls="tick user", text_anchor="end", tip=name))
+        parts.append(el("rect", **box, width=x(1.0) - 168, cls="fill empty"))
+        parts.append(el("rect", **box, width=max(1.0, x(share) - 168), cls="fill teal", tip=tip))
+        parts.append(el("text", pct(share), x=404, y=y + 9, cls="tick"))
+        y += tall
+    return svg(460, y + 4, f"Work that stays in each of {len(rows)} layers", *parts)
+
+
 def _beaten(row: dict, rows: list[dict]) -> bool:
     """Whether another runtime is at least as fast and as accurate, and better in one of them."""
     mine = (row["latency_ms"], row["top1"])

@@ -19,6 +19,7 @@ _HOME = {
     "compress": "compressing",
     "compress_run": "compressing_run",
     "options_from": "compressing_run",
+    "calibrate_exits": "exits",
     "Run": "fitting",
     "fit": "fitting",
     "resume": "fitting",

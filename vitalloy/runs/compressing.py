@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +13,18 @@ from torch import nn
 from vitalloy.benchmark import describe
 from vitalloy.compression import accounting
 from vitalloy.compression.calibration import images_for
-from vitalloy.compression.quantization import METHODS, check_options
+from vitalloy.compression.methods import METHODS
+from vitalloy.compression.reduction import steps_of
 from vitalloy.compression.simulated import float_modules
-from vitalloy.errors import CompressionError, ExportError, suggest
+from vitalloy.errors import CompressionError, ExportError
 from vitalloy.runs.budget import Budget
 from vitalloy.runs.folder import Reporter, Silent
-from vitalloy.runs.trials import RUNTIMES, Batches, Call, Trial, Workbench, judge, time_all
+from vitalloy.runs.plan import AUTO, Plan
+from vitalloy.runs.trials import RUNTIMES, Batches, Call, Trial, Workbench, judge, time_all, time_batches
 
-AUTO = ("int8", "int8_dynamic", "openvino")  # what `auto` tries, whatever of it is installed
+TRIED = ("int8", "int8_dynamic", "openvino")  # what `auto` tries, whatever of it is installed
 SMALLEST = ("aphq", {"weights": 4, "activations": 8})  # tried when nothing of it is small enough
+TIMED = 32  # images that are timed one by one where they take different times
 TOLERANCE = 0.005  # accuracy that `auto` may lose where no budget says otherwise
 
 
@@ -31,8 +34,9 @@ class CompressionReport:
 
     `before` is the float model in PyTorch and `before_runtime` in ONNX Runtime; `after` is what was chosen; `tried` is
     everything, those two and what failed included. `layers` has a row for each quantized layer (name, bits,
-    multiply-accumulates, signal-to-noise ratio in dB), `float_modules` the modules that stayed in float. `folder` is
-    where a run keeps the result, below the run.
+    multiply-accumulates, signal-to-noise ratio in dB), `float_modules` the modules that stayed in float. `steps` are
+    the methods that left work out, with their settings, and `reduced` the model that they made. `folder` is where a
+    run keeps the result, below the run.
     """
 
     before: Trial
@@ -42,6 +46,8 @@ class CompressionReport:
     calibration_images: int
     layers: list[dict[str, Any]] = field(default_factory=list)
     float_modules: list[str] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    reduced: nn.Module | None = None
     budget: Budget | None = None
     folder: str | None = None
     machine: dict[str, Any] = field(default_factory=describe)
@@ -66,6 +72,7 @@ class CompressionReport:
             "layers": self.layers,
             "bit_operations": accounting.bit_operations(self.layers) if self.layers else None,
             "float_modules": self.float_modules,
+            "steps": self.steps,
             "machine": self.machine,
         }
 
@@ -74,6 +81,11 @@ class CompressionReport:
         """The result in one honest sentence."""
         after, eager, runtime = self.after, self.before, self.before_runtime
         parts = []
+        if after.macs and eager.macs and after.macs != eager.macs:
+            parts.append(f"{_less(after.macs / eager.macs)} work")
+            if after.batch_ms and runtime.batch_ms and after.execution != "simulation":
+                same = runtime if after.runtime == runtime.runtime else eager
+                parts.append(f"{_less(after.batch_ms / same.batch_ms)} time for a batch in {same.runtime}")
         if after.size_bytes and eager.size_bytes:
             ratio = eager.size_bytes / after.size_bytes
             parts.append(f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger")
@@ -102,7 +114,7 @@ class Compressed(NamedTuple):
 def compress(
     model: nn.Module,
     calibration: Any = None,
-    method: str = "auto",
+    method: str | Iterable[str] = AUTO,
     *,
     weights: int | None = None,
     activations: int | None = None,
@@ -113,14 +125,16 @@ def compress(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> Compressed:
-    """Quantize a classifier and measure what that gave and cost.
+    """Make a classifier smaller or faster and measure what that gave and cost.
 
     Args:
         model: any backbone of ours or of timm, with a classifier; not changed.
         calibration: images as the model takes them: a tensor (N, C, H, W), or batches of them; 32 or more.
         method: "auto" measures what runs in integers on this machine and takes the fastest that keeps the budget;
             "int8", "int8_dynamic", "openvino", "inductor" or "torchao" name one of these; "easyquant", "fq_vit",
-            "ptq4vit", "repq_vit", "aphq", "q_hyvit", "i_vit", "bivit" or "fliqs" is a published method.
+            "ptq4vit", "repq_vit", "aphq", "q_hyvit", "i_vit", "bivit" or "fliqs" is a published quantizer; "sit",
+            "sparsifiner", "lgvit" and "lpvit" leave work out. Several are joined by "+" (or in a list), what leaves
+            work out first: "sit+lpvit+int8".
         weights, activations: bits, for the published methods; their own when None.
         evaluation: batches (images, labels), gone through more than once; without it the answers on the calibration
             images are compared with the float model's.
@@ -128,7 +142,8 @@ def compress(
         budget: limits such as "3ms, 1MB, -0.5%" (half a point of accuracy); for "auto" half a point when None.
         folder: where the files go that run the result; a temporary one when None, which lives as long as the result.
         reporter: is told how it goes.
-        **options: the method's own options, such as `train`, `epochs` or `seed`.
+        **options: the methods' own options, such as `train`, `epochs` or `seed`; where several have one of that name,
+            `**{"sit.epochs": 3}` is for one of them.
 
     Returns:
         (model, report): the model is a `torch.nn.Module` for a published method, and a runtime's session otherwise;
@@ -139,7 +154,7 @@ def compress(
         RecipeError: a budget that cannot be read.
     """
     reporter = reporter or Silent()
-    check(method, weights, activations, options)
+    plan = Plan.of(method, weights, activations, options)
     budget = Budget.parse(budget, relative=True) if isinstance(budget, str) else budget
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -150,50 +165,56 @@ def compress(
         place.mkdir(parents=True, exist_ok=True)
         bench = Workbench(model, images, place, reporter)
         tried = [bench.float(), bench.onnx()]
+        for name, own in plan.reducers:
+            reporter.stage(f"{name}: {METHODS[name].about}")
+            bench = bench.reduced(name, own)
+            tried += [bench.float(), _onnx(bench, reporter)]
         judging = [images] if evaluation is None else _repeatable(evaluation)
-        if method == "auto":
+        if plan.last == AUTO:
             choosing = judging if selection is None else _repeatable(selection)
-            tried, place_of_choice = _automatic(bench, tried, choosing, budget or Budget("", loss=TOLERANCE), reporter)
+            tried, chosen = _automatic(bench, tried, choosing, budget or Budget("", loss=TOLERANCE), reporter)
         else:
-            reporter.stage(f"{method}: {RUNTIMES[method] if method in RUNTIMES else METHODS[method].about}")
-            bits = {k: v for k, v in (("weights", weights), ("activations", activations)) if v is not None}
-            tried, place_of_choice = [*tried, bench.make(method, **bits, **options)], 2
+            if plan.last:
+                about = RUNTIMES[plan.last] if plan.last in RUNTIMES else METHODS[plan.last].about
+                reporter.stage(f"{plan.last}: {about}")
+                tried.append(bench.make(plan.last, **plan.options))
+            chosen = tried[-1] if tried[-1].call else tried[-2]
         reporter.stage("Measuring")
         tried, failed = [t for t in tried if t.call], [t for t in tried if not t.call]
-        tried = [*time_all(judge(tried, judging, reporter), images[:1]), *failed]
+        place_of_choice = tried.index(chosen)
+        tried = time_all(judge(tried, judging, reporter), images[:TIMED])
+        tried = [*(time_batches(tried, images) if plan.reducers else tried), *failed]
     finally:
         for module, mode in training.items():
             module.training = mode
     after = tried[place_of_choice]
+    quantized = after.module is not None and after.module is not bench.model
     report = CompressionReport(
         before=tried[0],
         before_runtime=tried[1],
         after=after,
         tried=tuple(tried),
         calibration_images=len(images),
-        layers=accounting.table(after.module, images) if after.module is not None else [],
-        float_modules=float_modules(after.module) if after.module is not None else [],
+        layers=accounting.table(after.module, images) if quantized else [],
+        float_modules=float_modules(after.module) if quantized else [],
+        steps=steps_of(bench.model),
+        reduced=bench.model if plan.reducers else None,
         budget=budget,
     )
     if held is not None:
         after.call.kept = held  # the files go when what runs them goes
     reporter.result(report.verdict)
-    return Compressed(after.call if after.module is None else after.module, report)
+    module = after.module if plan.last else bench.model
+    return Compressed(after.call if module is None else module, report)
 
 
-def check(method: str, weights: int | None, activations: int | None, options: dict[str, Any]) -> None:
-    """Refuse what would fail only after the work has begun."""
-    known = ("auto", *RUNTIMES, *METHODS)
-    if method not in known:
-        raise CompressionError(f"there is no method {method!r}: use {', '.join(known)}.{suggest(method, known)}")
-    if method in METHODS:
-        check_options(method, options)
-        return
-    if options:
-        raise CompressionError(f"{method} has no options, but got {', '.join(options)}: they belong to a method.")
-    for name, bits in (("weights", weights), ("activations", activations)):
-        if bits not in (None, 8):
-            raise CompressionError(f"{name}={bits}: {method} works in 8 bits; name a published method for others.")
+def _onnx(bench: Workbench, reporter: Reporter) -> Trial:
+    """The reduced model in ONNX Runtime, or the reason why there is no such file."""
+    try:
+        return bench.onnx()
+    except ExportError as error:
+        reporter.result(f"no ONNX file: {error}")
+        return Trial(bench.done, 32, 32, "float", "ONNX Runtime", "", problem=str(error))
 
 
 def _repeatable(batches: Batches) -> Batches:
@@ -202,9 +223,9 @@ def _repeatable(batches: Batches) -> Batches:
 
 def _automatic(
     bench: Workbench, tried: list[Trial], choosing: Batches, budget: Budget, reporter: Reporter
-) -> tuple[list[Trial], int]:
-    """Everything worth trying, and the number of the one to take: the fastest, or the nearest to the budget."""
-    for name in AUTO:
+) -> tuple[list[Trial], Trial]:
+    """Everything worth trying, and the one to take: the fastest, or the nearest to the budget."""
+    for name in TRIED:
         tried.append(_attempt(bench, name, reporter))
     seen = judge([t for t in tried if t.call], choosing, reporter)
     integer = [t for t in seen if t.execution != "float"]
@@ -216,13 +237,12 @@ def _automatic(
     runs = [t for t in tried if t.call]
     if len(runs) > len(seen):
         seen = judge(runs, choosing, reporter)
-    seen = time_all(seen, bench.images[:1])
+    seen = time_all(seen, bench.images[:TIMED])
     best = min(
         (i for i, t in enumerate(seen) if t.execution != "simulation" and i > 0),
         key=lambda i: (_excess(seen[i], seen[0], budget), seen[i].latency_ms),
     )
-    failed = [t for t in tried if not t.call]
-    return [*runs, *failed], best
+    return [*runs, *(t for t in tried if not t.call)], runs[best]
 
 
 def _attempt(bench: Workbench, name: str, reporter: Reporter, **options: Any) -> Trial:
@@ -261,6 +281,10 @@ def _allowed(budget: Budget, before: Trial) -> float:
     if budget.top1 is not None and before.top1 is not None:
         return before.top1 - budget.top1
     return TOLERANCE
+
+
+def _less(share: float) -> str:
+    return f"{1 - share:.0%} less" if share <= 1 else f"{share - 1:.0%} more"
 
 
 def _times(ratio: float) -> str:

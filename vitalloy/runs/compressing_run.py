@@ -9,16 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from vitalloy.checkpoints import load, save_runtime
-from vitalloy.compression.quantization import METHODS
+from vitalloy.checkpoints import load, save, save_runtime
+from vitalloy.compression.methods import METHODS
 from vitalloy.data import ImageSet, make_loader
 from vitalloy.errors import CompressionError
 from vitalloy.report import write_report
 from vitalloy.runs import stages
-from vitalloy.runs.compressing import Compressed, CompressionReport, check, compress
+from vitalloy.runs.compressing import Compressed, CompressionReport, compress
 from vitalloy.runs.folder import Reporter, RunFolder, Silent
+from vitalloy.runs.plan import Plan
 from vitalloy.training.recipe import Recipe
 
 CALIBRATION_IMAGES = 128
@@ -43,7 +45,7 @@ def compress_run(
     `predict` and `evaluate` take like a run folder; everything measured is in `metrics.json` under "compression".
 
     Args:
-        epochs: of training, for the methods that train; none when 0, the method's own number when None.
+        epochs: of training, for the steps that train; none when 0, their own number when None.
         Others as in `compress`.
 
     Raises:
@@ -51,26 +53,26 @@ def compress_run(
     """
     reporter = reporter or Silent()
     folder = RunFolder.open(run)
-    if epochs:
+    if epochs is not None:
         options["epochs"] = epochs
-    check(method, weights, activations, options)
+    plan = Plan.of(method, weights, activations, options)
     model, recipe = load(run), Recipe.from_toml(folder.recipe)
     reporter.stage(f"Reading {recipe.data}")
     splits = stages.splits_of(recipe, download)
     judging = stages.transform_of(model)
     train, val, test = (s.with_transform(judging) for s in (splits.train, splits.val, splits.test))
-    if method in METHODS and METHODS[method].kind == "training" and epochs != 0:
+    if epochs != 0 and plan.learns():
         from vitalloy.training.trainer import transforms
 
         shown = splits.train.with_transform(transforms(recipe, splits.native_size)[0])
         options["train"] = _Epochs(shown, recipe.batch_size, recipe.seed)
-    fresh = folder.path / "compressed" / f".{method}.part"
+    fresh = folder.path / "compressed" / f".{plan.name}.part"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         made = compress(
             model,
             list(stages.batches_of(train, recipe.batch_size, calibration_images)),
-            method,
+            plan.name,
             weights=weights,
             activations=activations,
             evaluation=make_loader(test, recipe.batch_size, train=False),
@@ -80,12 +82,19 @@ def compress_run(
             reporter=reporter,
             **options,
         )
-        report = _settle(made.report, folder, model.about, fresh, method)
+        report = _settle(made.report, folder, model.about, fresh, plan)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+    part = report.as_dict()
+    if plan.reducers:
+        from vitalloy.runs.left_out import LOOKED_AT, pictures_of
+
+        looked_at = torch.cat(list(stages.batches_of(test, recipe.batch_size, LOOKED_AT)))
+        place = folder.images / report.folder.rpartition("/")[2]
+        part["pictures"] = pictures_of(report.reduced, looked_at, model.about["preprocessing"], place)
     metrics = folder.read_metrics()
-    others = [part for part in metrics.get("compression") or [] if part["folder"] != report.folder]
-    metrics["compression"] = [*others, report.as_dict()]
+    others = [p for p in metrics.get("compression") or [] if p["folder"] != report.folder]
+    metrics["compression"] = [*others, part]
     folder.write_metrics(metrics)
     write_report(metrics, folder.path)
     return Compressed(made.model, report)
@@ -122,20 +131,27 @@ class _Epochs:
 
 
 def _settle(
-    report: CompressionReport, run: RunFolder, about: dict[str, Any], made: Path, method: str
+    report: CompressionReport, run: RunFolder, about: dict[str, Any], made: Path, plan: Plan
 ) -> CompressionReport:
-    """Keep the files that run the chosen trial, as a bundle beside `made`; the report with what is there now."""
-    chosen = report.after
-    place = made.with_name(f"{method}-w{chosen.weights}a{chosen.activations}" if method in METHODS else method)
-    stem = Path(chosen.file).stem if chosen.file else ""
+    """Keep what runs the chosen trial, as a bundle beside `made`; the report with what is there now.
+
+    A model that only lost work is kept as weights too, which can be trained on; behind a quantizer what runs is alone.
+    """
+    chosen, last = report.after, plan.last
+    place = made.with_name(f"{plan.name}-w{chosen.weights}a{chosen.activations}" if last in METHODS else plan.name)
+    kept = Path(chosen.file).name if chosen.file else None
     for file in made.iterdir():
-        if file.stem != stem:
-            file.unlink()
-    if chosen.file:
-        save_runtime(made, Path(chosen.file).name, {k: v for k, v in about.items() if k != "runtime"})
+        if kept is None or file.stem != Path(kept).stem:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    said = {k: v for k, v in about.items() if k not in ("format", "model", "runtime", "steps")}
+    if last is None:
+        save(report.reduced, made, said)
+    elif kept:
+        save_runtime(made, kept, {**said, "model": about["model"]})
+    if last is None or kept:
         shutil.copyfile(run.recipe, made / run.recipe.name)  # so that `evaluate` knows the data
     shutil.rmtree(place, ignore_errors=True)
     made.replace(place)
-    tried = tuple(replace(t, file=Path(t.file).name if t is chosen and t.file else None) for t in report.tried)
+    tried = tuple(replace(t, file=kept if t is chosen else None) for t in report.tried)
     where = str(place.relative_to(run.path))
     return replace(report, tried=tried, after=tried[report.tried.index(chosen)], folder=where)

@@ -265,12 +265,19 @@ def save_overlay(image: Tensor, saliency: Tensor, preprocessing: dict[str, Any],
     """Write a normalised image (C, H, W) with its map over it as a PNG that is large enough to look at."""
     from PIL import Image
 
-    mean, std = (torch.tensor(preprocessing[k]).view(-1, 1, 1) for k in ("mean", "std"))
-    pixels = ((image * std + mean).clamp(0, 1) * 255).byte()
-    pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
-    picture = Image.fromarray(pixels.movedim(0, -1).numpy())
+    picture = as_picture(image, preprocessing)
     scale = max(SHOWN_PIXELS / min(picture.size), 1)
     size = (round(picture.width * scale), round(picture.height * scale))
     overlay(picture.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC), saliency).save(
         path
     )
+
+
+def as_picture(image: Tensor, preprocessing: dict[str, Any]) -> Any:
+    """A normalised image (C, H, W) as an RGB picture of its own size."""
+    from PIL import Image
+
+    mean, std = (torch.tensor(preprocessing[k]).view(-1, 1, 1) for k in ("mean", "std"))
+    pixels = ((image * std + mean).clamp(0, 1) * 255).byte()
+    pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
+    return Image.fromarray(pixels.movedim(0, -1).numpy())

@@ -1,0 +1,1 @@
+"""Weights left out: one published method a package."""

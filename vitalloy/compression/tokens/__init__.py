@@ -1,0 +1,1 @@
+"""Fewer or cheaper tokens: slimming, sparse attention, early exit. One published method a package."""
