@@ -49,6 +49,8 @@ FORMS = {
     },
     "DuoFormer/channel": {"scale_token": "channel", "num_scales": 3, "head_norm": True},
     "FMViT/other readings": {"mix": "both", "mixer": "grouped", "shared_kv": True, "identity": False},
+    "LVViT/dense": {"stem": "4_2", "dense_head": True},
+    "LVViT/slimmed": {"slim_after": (2, 4)},
     "NextViT/dense": {"pooling": "square", "extra_norm": True, "depths": (1, 1, 2, 1), "init_std": 0.065},
     "TransNeXt/linear": {"fixed_pool_size": 3, "position_mode": "interpolate"},
     "UniFormer/scales and windows": {"layer_scale": 0.1, "attention": "hybrid", "window": 3},

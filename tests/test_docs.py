@@ -150,19 +150,19 @@ def test_shell_commands_are_valid(page):
                 continue
             if name == "compress":
                 _check_compress(**context.params)
+            elif name == "exits":
+                _check_compress("lgvit", context.params["budget"], None, weights=None, activations=None)
             else:
                 vitalloy.Recipe().with_overrides(_settings(context.params))
 
 
-def _check_compress(method: str, budget: str | None, set_: list[str] | None, **_: Any) -> None:
-    """Its settings are options of the method, and its budget may be relative."""
-    from vitalloy.compression.quantization import METHODS, options_of
+def _check_compress(method: str, budget: str | None, set_: list[str] | None, **given: Any) -> None:
+    """Its settings are options of the methods, and its budget may be relative."""
     from vitalloy.runs.budget import Budget
     from vitalloy.runs.compressing_run import options_from
-    from vitalloy.runs.trials import RUNTIMES
+    from vitalloy.runs.plan import Plan
 
-    assert method in ("auto", *RUNTIMES, *METHODS)
-    assert set(options_from(set_ or [])) <= set(options_of(method) if method in METHODS else ())
+    Plan.of(method, given["weights"], given["activations"], options_from(set_ or []))
     if budget:
         Budget.parse(budget, relative=True)
 

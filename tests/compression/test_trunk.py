@@ -39,7 +39,7 @@ def test_a_state_taken_and_put_back_in_pieces_gives_the_models_logits(name):
         wanted = model(images)
         for start, end in zip([None, *found], [*found, None], strict=True):
             state = images if start is None else Segment(model, None, start, shape)(images)
-            last = Segment(model, start, end, shape)(state)
+            last = Segment(model, start, end, shape, found)(state)
             logits = last if end is None else Segment(model, end, None, shape)(last)
             torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
     assert not any(m._forward_hooks for m in model.modules())

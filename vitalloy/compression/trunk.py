@@ -84,6 +84,13 @@ class Point:
             patches = torch.cat([tokens[:, : self.prefix] if prefix is None else prefix, patches], dim=1)
         return patches if self.layout == TOKENS else (patches, grid or old)
 
+    def empty(self, like: Tensor) -> Any:
+        """Zeros in the form that the module returns, for as many images as `like` (B, ...) has; needs a grid."""
+        count = self.prefix + math.prod(self.grid)
+        sizes = {MAP: (self.channels, *self.grid), MAP_LAST: (*self.grid, self.channels)}
+        zeros = like.new_zeros(like.shape[0], *sizes.get(self.layout, (count, self.channels)))
+        return (zeros, self.grid) if self.layout == PAIR else zeros
+
     def images(self, output: Any, chosen: Tensor) -> Any:
         """The same state of some of the images: `chosen` are their numbers, or a mask (B,)."""
         if self.layout == PAIR:
@@ -168,18 +175,36 @@ def hooked(model: nn.Module, hooks: Mapping[str, Callable[[Any], Any]]) -> Itera
 class Segment(nn.Module):
     """A piece of a model, from one point to another, as a module: for exporting a model in pieces.
 
-    The whole model runs on an empty image; the state at `start` is put into its pass and the state at `end` taken out.
+    The model runs on an empty image; the state at `start` is put into its pass and the state at `end` taken out.
     Nothing of what lies outside reaches the result, so that an exported graph holds the piece alone.
 
     Args:
         start: where the given state belongs; None takes images.
         end: whose state is returned; None returns logits.
         image_shape: (C, H, W) of the images.
+        known: all points of the model, in order. Those outside the piece then need not be computed, which makes
+            tracing faster; zeros stand in for them.
     """
 
-    def __init__(self, model: nn.Module, start: Point | None, end: Point | None, image_shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        start: Point | None,
+        end: Point | None,
+        image_shape: Sequence[int],
+        known: Sequence[Point] = (),
+    ) -> None:
         super().__init__()
         self.model, self.start, self.end, self.image_shape = model, start, end, tuple(image_shape)
+        names = [point.name for point in known]
+        first = names.index(start.name) if start is not None and start.name in names else -1
+        last = names.index(end.name) if end is not None and end.name in names else len(names)
+        inside = names[first + 1 : last + 1]
+        self.outside = [
+            point
+            for place, point in enumerate(known)
+            if point.grid and not first < place <= last and not any(n.startswith(f"{point.name}.") for n in inside)
+        ]
 
     def forward(self, state: Tensor) -> Tensor:
         """Images (B, C, H, W), or the tensor at `start` -> the tensor at `end`, or logits."""
@@ -191,9 +216,22 @@ class Segment(nn.Module):
             image = state
         if self.end is not None:
             hooks[self.end.name] = lambda out: taken.append(out[0] if self.end.layout == PAIR else out)
-        with hooked(self.model, hooks):
+        with hooked(self.model, hooks), _standing_in(self.model, {p.name: p.empty(state) for p in self.outside}):
             logits = self.model(image)
         return taken[0] if self.end is not None else logits
+
+
+@contextmanager
+def _standing_in(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block modules return what is given for them, and compute nothing."""
+    modules = {name: model.get_submodule(name) for name in outputs}
+    try:
+        for name, module in modules.items():
+            module.forward = lambda *_args, out=outputs[name], **_options: out
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
 
 
 def _watching(modules: Mapping[str, nn.Module], look: Callable[[str, Any], None]) -> ExitStack:

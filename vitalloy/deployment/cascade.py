@@ -19,7 +19,7 @@ from torch import nn
 
 from vitalloy.deployment._common import at_rest, example_batch, reason, written_whole
 from vitalloy.deployment.int8 import quantize_onnx
-from vitalloy.deployment.onnx import OnnxModel, Verification, _opened, saved, traced
+from vitalloy.deployment.onnx import OnnxModel, Verification, opened, saved, traced
 from vitalloy.errors import ExportError
 
 ABOUT = "cascade.json"
@@ -48,7 +48,7 @@ def export_cascade(model: nn.Module, example: torch.Tensor, folder: str | Path, 
     exits = [exit for exit in range(len(model.heads)) if model.policy.asks(exit)]
     names = []
     for number, segment in enumerate(model.segments(state.shape[1:], exits)):
-        graph = traced(segment, _opened, state, opset, dynamic_batch=True)
+        graph = traced(segment, opened, state, opset, dynamic_batch=True)
         names.append(f"{number}.onnx")
         saved(graph, folder / names[-1], f"piece {number} of {type(model).__name__}")
         with at_rest(segment):

@@ -65,7 +65,7 @@ def export_onnx(
     path = Path(path)
     if opset is not None and opset < OLDEST_OPSET:
         raise ExportError(f"ONNX opset {opset} is too old: use {OLDEST_OPSET} or later, or leave it out.")
-    graph = traced(model, _opened, example, opset, dynamic_batch)
+    graph = traced(model, opened, example, opset, dynamic_batch)
     return OnnxExport(path, _opset(graph), saved(graph, path, type(model).__name__))
 
 
@@ -227,7 +227,7 @@ class _OpenAttend(Attend):
         return (logits if bias is None else logits + bias).softmax(-1) @ v
 
 
-def _opened(model: nn.Module) -> nn.Module:
+def opened(model: nn.Module) -> nn.Module:
     """What to write into a graph: see `deployable`; attention opened where the copy is ours."""
     own = deployable(model)
     if own is not model:

@@ -11,8 +11,9 @@ from torch import Tensor
 from vitalloy.checkpoints import load, save
 from vitalloy.compression.reduction import steps_of
 from vitalloy.compression.tokens.lgvit import EarlyExit, calibrate
+from vitalloy.compression.tokens.lgvit.policies import totals
 from vitalloy.data import make_loader
-from vitalloy.deployment import export_cascade
+from vitalloy.deployment import CascadeModel, export_cascade
 from vitalloy.errors import CompressionError
 from vitalloy.report import write_report
 from vitalloy.runs import stages
@@ -54,7 +55,7 @@ def calibrate_exits(
     if len(targets) != 1:
         raise CompressionError(f"budget {budget!r}: exits take one limit, an accuracy or a time.")
     model = load(folder)
-    if not isinstance(model, EarlyExit):
+    if not isinstance(model, EarlyExit | CascadeModel):
         raise CompressionError(f"{folder}: this model has no exits; compress its run with --method lgvit first.")
     recipe_file = RunFolder(folder).recipe
     if not recipe_file.is_file():
@@ -68,37 +69,42 @@ def calibrate_exits(
     reporter.stage("Judging on the test images")
     found = {**curve.as_dict(), "asked": budget, "test": _judged(model, make_loader(test, 64, train=False), reporter)}
     shown = torch.cat(list(stages.batches_of(test, 64, LOOKED_AT)))
-    about = {k: v for k, v in model.about.items() if k not in ("format", "model", "steps")}
-    save(model, folder, {**about, "exits": found["chosen"]})
-    for cascade in [p for p in folder.iterdir() if p.is_dir()]:
-        export_cascade(model, shown[:2], cascade)
+    if isinstance(model, CascadeModel):
+        model.save()
+    else:
+        save(model, folder, {k: v for k, v in model.about.items() if k not in ("format", "model", "steps")})
+        for cascade in [p for p in folder.iterdir() if p.is_dir()]:
+            export_cascade(model, shown[:2], cascade)
     _report(folder, found, model, shown)
     return found
 
 
 @torch.inference_mode()
-def _judged(model: EarlyExit, batches: Any, reporter: Reporter) -> dict[str, Any]:
-    right, full, count, shares = 0, 0, 0, torch.zeros(len(model.heads) + 1)
+def _judged(model: EarlyExit | CascadeModel, batches: Any, reporter: Reporter) -> dict[str, Any]:
+    right, full, count, exits = 0, 0, 0, len(model.policy.thresholds)
+    shares = torch.zeros(exits + 1)
     for images, labels, _ in batches:
         labels = torch.as_tensor(labels)
-        logits, depths = model.exit_with_depths(images)
-        right += int((logits.argmax(1) == labels).sum())
-        full += int((model.model(images).argmax(1) == labels).sum())
-        shares += depths.bincount(minlength=len(shares))
+        every = model.every_exit(images)
+        depths = model.policy.depths(model.policy.reading(every[:-1]))
+        right += int((every[depths, torch.arange(len(labels))].argmax(1) == labels).sum())
+        full += int((every[-1].argmax(1) == labels).sum())
+        shares += depths.bincount(minlength=exits + 1)
         count += len(images)
         reporter.advance(count, len(batches.dataset))
     shares /= count
+    costs = torch.tensor(totals(model.trunk_macs, model.head_macs, model.policy))
     return {
         "images": count,
         "top1": right / count,
         "top1_interval": list(wilson_interval(right, count)),
         "full_top1": full / count,
-        "macs": float(shares @ torch.tensor(model.costs)),
+        "macs": float(shares @ costs),
         "shares": shares.tolist(),
     }
 
 
-def _report(bundle: Path, found: dict[str, Any], model: EarlyExit, images: Tensor) -> None:
+def _report(bundle: Path, found: dict[str, Any], model: EarlyExit | CascadeModel, images: Tensor) -> None:
     """Put the curve into the report of the run that the bundle lies in, and draw where images leave now."""
     run = RunFolder(bundle.parent.parent)
     if bundle.parent.name != "compressed" or not run.metrics.is_file():
@@ -106,7 +112,9 @@ def _report(bundle: Path, found: dict[str, Any], model: EarlyExit, images: Tenso
     metrics = run.read_metrics()
     for part in metrics.get("compression") or []:
         if part["folder"] == f"compressed/{bundle.name}":
-            part["exits"], part["steps"] = found, steps_of(model)
-            part["pictures"] = pictures_of(model, images, model.about["preprocessing"], run.images / bundle.name)
+            part["exits"] = found
+            if isinstance(model, EarlyExit):
+                part["steps"] = steps_of(model)
+                part["pictures"] = pictures_of(model, images, model.about["preprocessing"], run.images / bundle.name)
     run.write_metrics(metrics)
     write_report(metrics, run.path)

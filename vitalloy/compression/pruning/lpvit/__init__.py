@@ -30,18 +30,17 @@ import torch
 from torch import Tensor, nn
 
 from vitalloy.compression.finetune import finetune
+from vitalloy.compression.pruning.lpvit.aligned import allocate_groups, parameters_of, rank, remove
+from vitalloy.compression.pruning.lpvit.allocation import TOLERANCE, Allocation, allocate, least_density
+from vitalloy.compression.pruning.lpvit.costs import CostTable, checked, counted_layers, measure_costs
+from vitalloy.compression.pruning.lpvit.cutting import to_sizes
+from vitalloy.compression.pruning.lpvit.execution import crossover
+from vitalloy.compression.pruning.lpvit.frozen import empty_channels, keep_zeros
+from vitalloy.compression.pruning.lpvit.groups import find_groups
+from vitalloy.compression.pruning.lpvit.layers import gradients, layers_of
+from vitalloy.compression.pruning.lpvit.masks import Block, block_mask, block_sums
 from vitalloy.compression.trunk import macs as count_macs
 from vitalloy.errors import CompressionError
-
-from .aligned import allocate_groups, parameters_of, rank, remove
-from .allocation import TOLERANCE, Allocation, allocate, least_density
-from .costs import CostTable, checked, counted_layers, measure_costs
-from .cutting import to_sizes
-from .execution import crossover
-from .frozen import empty_channels, keep_zeros
-from .groups import find_groups
-from .layers import gradients, layers_of
-from .masks import Block, block_mask, block_sums
 
 __all__ = [
     "Allocation",

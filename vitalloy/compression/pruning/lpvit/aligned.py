@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitalloy.compression.pruning.lpvit.allocation import priced_allocation
+from vitalloy.compression.pruning.lpvit.costs import CostTable, Counted, counted_layers, measure_costs
+from vitalloy.compression.pruning.lpvit.curves import distortion_curve, power_weight
+from vitalloy.compression.pruning.lpvit.cutting import IN, OUT, Group, Part, cut, kept_channels, query_scales, removed
+from vitalloy.compression.pruning.lpvit.masks import Block, Ranking
 from vitalloy.compression.trunk import macs as count_macs
 from vitalloy.errors import CompressionError
-
-from .allocation import priced_allocation
-from .costs import CostTable, Counted, counted_layers, measure_costs
-from .curves import distortion_curve, power_weight
-from .cutting import IN, OUT, Group, Part, cut, kept_channels, query_scales, removed
-from .masks import Block, Ranking
 
 TRIES = 6
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .curves import amounts, derivative, distortion_curve, power_curve, power_weight
-from .layers import Layer
-from .masks import Block, Ranking, kept_blocks
+from vitalloy.compression.pruning.lpvit.curves import amounts, derivative, distortion_curve, power_curve, power_weight
+from vitalloy.compression.pruning.lpvit.layers import Layer
+from vitalloy.compression.pruning.lpvit.masks import Block, Ranking, kept_blocks
 
 TOLERANCE = 0.02  # of the budget, at which the published search stops
 

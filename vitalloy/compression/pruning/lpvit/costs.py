@@ -12,13 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitalloy.compression.pruning.lpvit.curves import power_curve
+from vitalloy.compression.pruning.lpvit.cutting import (
+    IN,
+    OUT,
+    Group,
+    channel_counts,
+    cut,
+    is_per_channel,
+    kept_channels,
+    removed,
+)
+from vitalloy.compression.pruning.lpvit.groups import inputs_of
+from vitalloy.compression.pruning.lpvit.layers import Layer, layers_of
+from vitalloy.compression.pruning.lpvit.masks import Block, is_prunable
 from vitalloy.errors import CompressionError
-
-from .curves import power_curve
-from .cutting import IN, OUT, Group, channel_counts, cut, is_per_channel, kept_channels, removed
-from .groups import inputs_of
-from .layers import Layer, layers_of
-from .masks import Block, is_prunable
 
 COSTS = ("flops", "latency", "energy")
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the blocks; the first always stays

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .masks import Ranking, kept_blocks
+from vitalloy.compression.pruning.lpvit.masks import Ranking, kept_blocks
 
 DAMPING = 1e-7
 TILE = 8192

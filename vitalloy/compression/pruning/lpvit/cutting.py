@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vitalloy.compression.pruning.lpvit.masks import is_prunable
 from vitalloy.errors import CompressionError
-
-from .masks import is_prunable
 
 OUT, IN = "out", "in"
 Kept = Mapping[str, Mapping[str, Tensor]]  # layer -> "out" / "in" -> channels that stay

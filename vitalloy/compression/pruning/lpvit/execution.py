@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .costs import ROUNDS, medians
-from .masks import Block, block_sums
+from vitalloy.compression.pruning.lpvit.costs import ROUNDS, medians
+from vitalloy.compression.pruning.lpvit.masks import Block, block_sums
 
 DENSITIES = (0.75, 0.5, 0.25, 0.1, 0.05)
 

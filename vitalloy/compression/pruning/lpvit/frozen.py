@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cutting import Group, cut, kept_channels, query_scales, removed
+from vitalloy.compression.pruning.lpvit.cutting import Group, cut, kept_channels, query_scales, removed
 
 
 class ZerosStay:

@@ -18,10 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitalloy.compression.pruning.lpvit.cutting import (
+    IN,
+    OUT,
+    Group,
+    Member,
+    Part,
+    cut,
+    is_per_channel,
+    kept_channels,
+    query_scales,
+    removed,
+    restored,
+)
+from vitalloy.compression.pruning.lpvit.masks import is_prunable
 from vitalloy.layers.attention import Attend
-
-from .cutting import IN, OUT, Group, Member, Part, cut, is_per_channel, kept_channels, query_scales, removed, restored
-from .masks import is_prunable
 
 _SAME = 1e-7  # of the output's spread, in float64
 _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitalloy.compression.pruning.lpvit.masks import is_prunable
 from vitalloy.compression.trunk import evaluating
 from vitalloy.errors import CompressionError
-
-from .masks import is_prunable
 
 BATCH = 64
 

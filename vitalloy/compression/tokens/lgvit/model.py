@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitalloy.compression.tokens.lgvit.heads import KEYS as HEAD_KEYS, ExitHead
 from vitalloy.compression.tokens.lgvit.policies import Policy, totals
-from vitalloy.compression.trunk import Point, Segment, Tokens, evaluating, hooked
+from vitalloy.compression.trunk import Point, Segment, Tokens, evaluating, hooked, points
 from vitalloy.layers.backbone import rename_keys
 
 KEYS = (  # the authors' names, which are those of Hugging Face's DeiT, and ours
@@ -158,9 +158,10 @@ class EarlyExit(nn.Module):
 
     def segments(self, image_shape: Sequence[int], exits: Sequence[int]) -> list[ExitSegment]:
         """The model in pieces that end at some of the exits, for images (C, H, W); they share its weights."""
+        known = points(self.model, next(self.model.parameters()).new_zeros(1, *image_shape))
         cuts, heads = [None, *(self.points[i] for i in exits), None], [*(self.heads[i] for i in exits), None]
         return [
-            ExitSegment(self.model, start, end, head, image_shape)
+            ExitSegment(Segment(self.model, start, end, image_shape, known), head)
             for start, end, head in zip(cuts, cuts[1:], heads, strict=False)
         ]
 
@@ -236,17 +237,10 @@ class EarlyExit(nn.Module):
 class ExitSegment(nn.Module):
     """A piece of a model and the exit at its end: a state -> (logits, next state), or logits alone at the end."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        start: Point | None,
-        end: Point | None,
-        head: ExitHead | None,
-        image_shape: Sequence[int],
-    ) -> None:
+    def __init__(self, piece: Segment, head: ExitHead | None) -> None:
         super().__init__()
-        self.piece, self.end, self.head = Segment(model, start, end, image_shape), end, head
-        self.train(model.training)
+        self.piece, self.end, self.head = piece, piece.end, head
+        self.train(piece.model.training)
 
     def forward(self, state: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         state = self.piece(state)
