@@ -50,7 +50,6 @@ FORMS = {
     "DuoFormer/channel": {"scale_token": "channel", "num_scales": 3, "head_norm": True},
     "FMViT/other readings": {"mix": "both", "mixer": "grouped", "shared_kv": True, "identity": False},
     "LVViT/dense": {"stem": "4_2", "dense_head": True},
-    "LVViT/slimmed": {"slim_after": (2, 4)},
     "NextViT/dense": {"pooling": "square", "extra_norm": True, "depths": (1, 1, 2, 1), "init_std": 0.065},
     "TransNeXt/linear": {"fixed_pool_size": 3, "position_mode": "interpolate"},
     "UniFormer/scales and windows": {"layer_scale": 0.1, "attention": "hybrid", "window": 3},
@@ -63,6 +62,7 @@ FORMS = {
     "VisionTransformer/anchored": {"anchored": True},
 }
 CASES = [*FAMILIES, *FORMS]
+MERGING = ("SelfSlimmedViT",)
 
 
 def build(case: str, **kwargs) -> nn.Module:
@@ -173,7 +173,10 @@ def test_norm_and_prefix_tokens_of_the_last_level_are_the_final_features(case):
     patches, tokens = levels[0] if prefix else (levels[0], None)
     if prefix:
         assert close(tokens, final[:, :prefix])
-    assert close(patches, final[:, prefix:])
+    if case in MERGING:  # a map has a place for every patch, the final tokens are fewer
+        assert patches.shape[1] > final.shape[1] - prefix
+    else:
+        assert close(patches, final[:, prefix:])
 
 
 def test_features_only(case):

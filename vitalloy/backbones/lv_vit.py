@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 class LVViT(Backbone):
-    """LV-ViT; SiT with `slim_after`.
+    """LV-ViT.
 
     Args:
         img_size: the (height, width) or side that the position table is made for; other inputs resize it.
@@ -247,21 +247,27 @@ class LVViT(Backbone):
         return state if self.dense_head else {k: v for k, v in state.items() if not k.startswith("aux_head.")}
 
 
+class SelfSlimmedViT(LVViT):
+    """SiT: LV-ViT whose patch tokens are slimmed behind the blocks `slim_after`."""
+
+
+_NANO: dict[str, Any] = {"embed_dim": 96, "depth": 6, "num_heads": 3, "patch_size": 4}
 _TINY: dict[str, Any] = {"embed_dim": 320, "depth": 14, "num_heads": 5}
 _SMALL: dict[str, Any] = {"embed_dim": 384, "depth": 16, "num_heads": 6}
 _MEDIUM: dict[str, Any] = {"embed_dim": 512, "depth": 20, "num_heads": 8}
 _LARGE: dict[str, Any] = {"embed_dim": 768, "depth": 24, "num_heads": 12, "stem": "6c", "skip_lam": 3.0}
+_32 = {"input_size": (3, 32, 32), "crop_pct": 1.0}
 _288 = {"input_size": (3, 288, 288)}
 _EARLY, _LATE = (1, 2, 3), (10, 14, 17)
 VARIANTS = {
-    "lvvit_nano": Variant(  # ours, for 32-pixel images
-        {"embed_dim": 96, "depth": 6, "num_heads": 3, "patch_size": 4},
-        cfg={"input_size": (3, 32, 32), "crop_pct": 1.0},
-    ),
+    "lvvit_nano": Variant(_NANO, cfg=_32),  # ours, for small images
     "lvvit_tiny": Variant(_TINY, 81.8),
     "lvvit_small": Variant(_SMALL, 83.1),
     "lvvit_medium": Variant(_MEDIUM, 84.0),
     "lvvit_large": Variant(_LARGE, 85.3, cfg=_288),
+}
+SLIMMED = {
+    "sit_nano": Variant({**_NANO, "slim_after": (2, 4)}, cfg=_32),  # ours
     "sit_tiny": Variant({**_TINY, "slim_after": _EARLY}, 80.1),
     "sit_xsmall": Variant({**_SMALL, "slim_after": _EARLY}, 81.2),
     "sit_small": Variant({**_SMALL, "slim_after": (9, 12, 14)}, 83.1),
@@ -269,3 +275,4 @@ VARIANTS = {
     "sit_large": Variant({**_LARGE, "slim_after": _LATE}, 85.6, cfg=_288),
 }
 register(LVViT, VARIANTS, first_conv="patch_embed.conv1", crop_pct=0.875)
+register(SelfSlimmedViT, SLIMMED, first_conv="patch_embed.conv1", crop_pct=0.875)
