@@ -9,6 +9,7 @@ from vitalloy import create_model
 from vitalloy.errors import ModelError
 from vitalloy.explanation.rollout import RecordedAttend, attention_rollout, roll, supports_rollout
 from vitalloy.layers.attention import Attend
+from vitalloy.layers.slimming import TokenSlimming
 from vitalloy.layers.sockets import find
 
 
@@ -100,3 +101,17 @@ def test_only_plain_columns_support_it():
         assert not supports_rollout(model)
     with pytest.raises(ModelError, match="ResNet"):
         attention_rollout(model, torch.randn(1, 3, 32, 32))
+
+
+def test_the_flow_passes_through_merged_tokens_back_to_the_patches_they_came_from():
+    """Behind blocks that leave tokens alone, the one mixture that the class token sees is that of one patch."""
+    model, images = planted(6)
+    model.blocks[0].slim = TokenSlimming(model.embed_dim, 4, prefix=1)
+    model.blocks[0].register_forward_hook(lambda block, _args, out: block.slim(out))
+    mixing = torch.zeros(1, 4, 16)
+    mixing[0, range(4), [6, 1, 2, 3]] = 1.0
+    model.blocks[0].slim.mixing = lambda patches: mixing
+    found = attention_rollout(model, images)
+    assert found.shape == (1, 4, 4) and found.flatten().argmax() == 6
+    seen = found.flatten().nonzero().flatten().tolist()
+    assert set(seen) <= {1, 2, 3, 6}  # patches that went into no mixture reach nothing behind
