@@ -92,3 +92,17 @@ def test_work_is_counted_as_the_benchmark_counts_it():
     assert macs(model, images[:1]) == count(model, (3, 32, 32)).macs
     assert macs(model, images) == 3 * macs(model, images[:1])
     assert "nearest is 0.4" in str(nearest(0.1, [0.4, 0.9], "macs"))
+
+
+def test_pieces_of_a_model_whose_modules_have_hooks_run_these_once():
+    """A hook that changes a module's output, as slimming does, belongs to the piece that ends there and to no other."""
+    model, images = build("vit_nano")
+    model.blocks[2].register_forward_hook(lambda _m, _a, out: torch.cat([out[:, :1], out[:, 1::4]], 1))
+    found, shape = points(model, images[:1]), images.shape[1:]
+    assert [p.grid for p in found if p.name in ("blocks.1", "blocks.2")] == [(8, 8), (4, 4)]
+    with torch.no_grad():
+        wanted = model(images)
+        for point in found:
+            state = Segment(model, None, point, shape, found)(images)
+            torch.testing.assert_close(Segment(model, point, None, shape, found)(state), wanted, atol=1e-4, rtol=1e-4)
+    assert len(model.blocks[2]._forward_hooks) == 1 and "forward" not in vars(model.blocks[2])

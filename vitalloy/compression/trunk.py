@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def hooked(model: nn.Module, hooks: Mapping[str, Callable[[Any], Any]]) -> Itera
 class Segment(nn.Module):
     """A piece of a model, from one point to another, as a module: for exporting a model in pieces.
 
-    The model runs on an empty image; the state at `start` is put into its pass and the state at `end` taken out.
+    The model runs on an empty image; the given state stands in for the module of `start`, the one at `end` is taken.
     Nothing of what lies outside reaches the result, so that an exported graph holds the piece alone.
 
     Args:
@@ -208,30 +209,31 @@ class Segment(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """Images (B, C, H, W), or the tensor at `start` -> the tensor at `end`, or logits."""
-        hooks, taken = {}, []
+        image, given, hooks, taken = state, {p.name: p.empty(state) for p in self.outside}, {}, []
         if self.start is not None:
             image = state.new_zeros(state.shape[0], *self.image_shape)
-            hooks[self.start.name] = lambda out: (state, out[1]) if self.start.layout == PAIR else state
-        else:
-            image = state
+            given[self.start.name] = (state, self.start.grid) if self.start.layout == PAIR else state
         if self.end is not None:
             hooks[self.end.name] = lambda out: taken.append(out[0] if self.end.layout == PAIR else out)
-        with hooked(self.model, hooks), _standing_in(self.model, {p.name: p.empty(state) for p in self.outside}):
+        with _standing_in(self.model, given), hooked(self.model, hooks):
             logits = self.model(image)
         return taken[0] if self.end is not None else logits
 
 
 @contextmanager
 def _standing_in(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block modules return what is given for them, and compute nothing."""
+    """Inside the block modules return what is given for them: nothing is computed, and none of their hooks runs."""
     modules = {name: model.get_submodule(name) for name in outputs}
+    hooks = {name: (module._forward_pre_hooks, module._forward_hooks) for name, module in modules.items()}
     try:
         for name, module in modules.items():
+            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
             module.forward = lambda *_args, out=outputs[name], **_options: out
         yield
     finally:
-        for module in modules.values():
+        for name, module in modules.items():
             del module.forward
+            module._forward_pre_hooks, module._forward_hooks = hooks[name]
 
 
 def _watching(modules: Mapping[str, nn.Module], look: Callable[[str, Any], None]) -> ExitStack:
