@@ -181,7 +181,7 @@ def crossover() -> None:
     results = Results("crossover")
     for kind, rows in (
         ("attention", lambda: sparsifiner.crossover(seconds=3.0)),
-        ("blocks", lambda: lpvit.crossover()),
+        ("blocks", lambda: lpvit.crossover(1536, 384, 3152)),  # fc1 of DeiT-S, sixteen images
     ):
         if not results.has(kind=kind):
             for row in rows():

@@ -165,70 +165,6 @@ def perturbation() -> str:
     return "\n".join([*lines, ""])
 
 
-REDUCTIONS = {
-    "sit": "`sit`",
-    "sit_without_tokens": "`sit`, `token_weight=0`",
-    "sparsifiner": "`sparsifiner`",
-    "lgvit": "`lgvit`",
-    "lpvit": "`lpvit`",
-    "lpvit_blocks": '`lpvit`, `pattern="blocks"`',
-    "lpvit_blocks_exact": '`lpvit`, `pattern="blocks"`, `as_published=False`',
-}
-FORMS = {"eager": "PyTorch", "onnx": "ONNX Runtime", "int8": "ONNX Runtime int8"}
-
-
-def less_work_accuracy() -> str:
-    """Accuracy against work and time on the bundled models, as `benchmarks/less_work.py accuracy` measured them."""
-    lines = []
-    for model, members in groupby(_less_work("accuracy"), key=lambda row: row["model"]):
-        members = list(members)
-        full = members[0]["full_top1"]
-        lines += [
-            f"**`{model}`**: {full['eager']:.1%} of 2000 test images in float, {full['int8']:.1%} in int8.",
-            "",
-            "| method | work left | top-1 (change), % | in int8, % "
-            + "".join(f"| {words}: times as fast, 1 / 16 images " for words in FORMS.values())
-            + "| trained |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for row in members:
-            top1, change = row["top1"]["eager"], 100 * (row["top1"]["eager"] - full["eager"])
-            int8 = f"{100 * row['top1']['int8']:.1f}" if "int8" in row["top1"] else ""
-            lines.append(
-                f"| {REDUCTIONS[row['method']]} | {row['macs']:.0%} | {100 * top1:.1f} ({change:+.1f}) | {int8} | "
-                + " | ".join(_faster(row["ms"], form) for form in FORMS)
-                + f" | {row['training']['seconds'] / 60:.0f} min |"
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def less_work_speed() -> str:
-    """Time against work of published models, as `benchmarks/less_work.py speed` measured it."""
-    lines = []
-    for model, members in groupby(_less_work("speed"), key=lambda row: row["model"]):
-        members = list(members)
-        times = next(row["ms"] for row in members if "ms" in row)
-        whole = ", ".join(f"{times[f'full {form}']['one']:.0f} ms in {words}" for form, words in FORMS.items())
-        lines += [
-            f"**`{model}`**, one image: {whole}.",
-            "",
-            "| method | budget | work left "
-            + "".join(f"| {words}: times as fast, 1 / 16 images " for words in FORMS.values())
-            + "|",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for row in members:
-            head = f"| {REDUCTIONS[row['method']]} | {row['budget']:g} |"
-            if "problem" in row:
-                lines.append(f"{head} {_cell(row['problem'])} | | | |")
-            else:
-                cells = " | ".join(_faster(row["ms"], form) for form in FORMS)
-                lines.append(f"{head} {row['macs']:.0%} | {cells} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 def sparse_crossover() -> str:
     """How many times as fast as dense attention the skipping one is, as `benchmarks/less_work.py crossover` saw it."""
     rows = [row for row in _less_work("crossover") if row["kind"] == "attention"]
@@ -243,16 +179,18 @@ def sparse_crossover() -> str:
     return "\n".join([*lines, ""])
 
 
+def block_crossover() -> str:
+    """How many times as fast as the dense one each block-sparse product is, as the same study saw it."""
+    lines = ["| blocks that stay | BSR | gathered |", "| ---: | ---: | ---: |"]
+    for row in _less_work("crossover"):
+        if row["kind"] == "blocks":
+            ratios = " | ".join(f"{row['dense'] / row[way]:.2f}" for way in ("bsr", "gather"))
+            lines.append(f"| {row['density']:.0%} | {ratios} |")
+    return "\n".join([*lines, ""])
+
+
 def _less_work(study: str) -> list[dict[str, Any]]:
     return json.loads((RESULTS / f"less_work_{study}.json").read_text(encoding="utf-8"))["rows"]
-
-
-def _faster(ms: dict[str, dict[str, float]], form: str) -> str:
-    """How many times as fast the reduced model is: one image and sixteen."""
-    if f"reduced {form}" not in ms:
-        return ""
-    full, reduced = ms[f"full {form}"], ms[f"reduced {form}"]
-    return f"{full['one'] / reduced['one']:.2f} / {full['batch'] / reduced['batch']:.2f}"
 
 
 def gallery() -> str:
@@ -341,9 +279,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "compression_study": compression_study,
     "quantized": quantized,
     "perturbation": perturbation,
-    "less_work_accuracy": less_work_accuracy,
-    "less_work_speed": less_work_speed,
     "sparse_crossover": sparse_crossover,
+    "block_crossover": block_crossover,
 }
 
 

@@ -54,7 +54,7 @@ def commands(page: Path) -> list[list[str]]:
 # ---- what is generated
 
 
-MEASURED = ["compression_study", "quantized", "perturbation"]
+MEASURED = ["compression_study", "quantized", "perturbation", "sparse_crossover", "block_crossover"]
 
 
 @pytest.mark.parametrize("name", ["recipe", "systems", "architectures", *MEASURED])
