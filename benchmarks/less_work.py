@@ -69,11 +69,11 @@ ROWS = {
     ),
     "lgvit": Row("lgvit", (0.5, 0.4, 0.3), training={"epochs": 2}),
     "lpvit": Row("lpvit", training={"epochs": 2}),
-    "lpvit_blocks": Row("lpvit", options={"pattern": "blocks"}, training={"epochs": 2}),
+    "lpvit_blocks": Row("lpvit", (0.65, 0.5), options={"pattern": "blocks"}, training={"epochs": 2}),
     "lpvit_blocks_exact": Row(
-        "lpvit", options={"pattern": "blocks", "as_published": False}, training={"epochs": 2}
+        "lpvit", (0.65, 0.5), options={"pattern": "blocks", "as_published": False}, training={"epochs": 2}
     ),
-}  # fmt: skip
+}
 
 
 class Results:
