@@ -14,7 +14,7 @@ import vitalloy
 from vitalloy.compression.quantization import quantize
 from vitalloy.compression.tokens import sparsifiner
 from vitalloy.compression.tokens.sparsifiner import SparseAttend, kernels, losses
-from vitalloy.compression.trunk import macs as count_macs
+from vitalloy.compression.trunk import Segment, macs as count_macs, points
 from vitalloy.deployment import export_onnx, verify_onnx
 from vitalloy.errors import CompressionError
 from vitalloy.layers.sockets import find
@@ -261,6 +261,18 @@ def test_exports_to_onnx_with_any_number_of_images(tmp_path, options):
     export_onnx(own, images[:2], tmp_path / "sparse.onnx")
     found = verify_onnx(own, tmp_path / "sparse.onnx", [images[:1], images[1:]], tolerance=1e-4)
     assert found.images == 8
+
+
+def test_pieces_of_a_model_that_drops_tokens_begin_a_pass_of_their_own():
+    model, images = build("vit_nano", depth=3)
+    own, shape = sparse(model, images, tokens=[0.6], locations=[1]), images.shape[1:]
+    found = points(own, images[:1])
+    first = next(point for point in found if point.name == "blocks.0")
+    with torch.no_grad():
+        wanted = own(images)[:3]
+        state = Segment(own, None, first, shape, found)(images)[:3]  # the others left
+        own(images)  # a pass that ends with fewer tokens
+        torch.testing.assert_close(Segment(own, first, None, shape, found)(state), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_sparse_model_can_be_quantized():

@@ -161,6 +161,8 @@ def place(
     chosen = next((p for p in reversed(patterns) if reaches(p, keep ** (1 + (len(p) == 1)))), patterns[0])
     low, high = 0, round((_MOST_KEEP - _LEAST_KEEP) / _STEP)  # steps above the least share of tokens
     if not reaches(chosen, _LEAST_KEEP):
+        if not tried:
+            raise CompressionError(f"{type(model).__name__} does not run with few tokens behind {chosen[0].name}.")
         raise nearest(wanted, list(tried), "macs")
     while high - low > 0:
         middle = (low + high + 1) // 2

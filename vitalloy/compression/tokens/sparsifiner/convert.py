@@ -141,12 +141,14 @@ def rebuild(
         for known, module in find(model, Attend).items():  # a layer under several names stays one
             if module is old:
                 model.set_submodule(known, new.train(old.training))
-    for number, (name, count) in enumerate((tokens or {}).get("blocks", {}).items()):
+    whole = True  # up to the first drop each block may be where a piece of the model begins
+    for name, count in (tokens or {}).get("blocks", {}).items():
         block = model.get_submodule(name)
         block.prune_tokens = PruneTokens(state, count)
         block.register_forward_hook(prune)
-        if not number:
+        if whole:
             block.register_forward_pre_hook(begin)
+        whole &= count is None
     return model
 
 
@@ -205,7 +207,9 @@ def _look(
                 blocks[name] = part
                 break
     if not sizes:
-        reasons = "; ".join(sorted(set(left.values()))) or "it has none of our sockets"
+        reasons = (
+            "; ".join(sorted(set(left.values()))) or "none has our socket, which create_model gives to timm's models"
+        )
         raise CompressionError(f"{type(model).__name__} has no attention that could be sparse: {reasons}.")
     return sizes, left, blocks
 

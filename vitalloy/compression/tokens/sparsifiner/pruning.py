@@ -85,5 +85,5 @@ def prune(block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
 
 
 def begin(block: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of the first block."""
+    """Forward pre-hook of the blocks before which no token was dropped."""
     block.prune_tokens.state.begin()
