@@ -144,7 +144,11 @@ def accuracy(names: list[str], methods: list[str], files: Path) -> None:
                             "interval": judged["eager"].top1_interval,
                             "full_top1": {form: trial.top1 for form, trial in full.items()},
                             "size": {form: trial.size_bytes for form, trial in judged.items()},
-                            "training": {**ROWS[method].training, "seconds": made.about["seconds"]},
+                            "training": {
+                                **row.training,
+                                "seconds": made.about["seconds"],
+                                "reverse_parameters": made.settings.get("reverse_parameters", 0),
+                            },
                         }
                     )
 

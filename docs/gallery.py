@@ -165,6 +165,73 @@ def perturbation() -> str:
     return "\n".join([*lines, ""])
 
 
+REDUCTIONS = {
+    "sit": "`sit`",
+    "sit_without_tokens": "`sit`, `token_weight=0`",
+    "sparsifiner": "`sparsifiner`",
+    "lgvit": "`lgvit`",
+    "lpvit": "`lpvit`",
+    "lpvit_blocks": '`lpvit`, `pattern="blocks"`',
+    "lpvit_blocks_exact": '`lpvit`, `pattern="blocks"`, `as_published=False`',
+}
+FORMS = {"eager": "PyTorch", "onnx": "ONNX Runtime", "int8": "ONNX Runtime int8"}
+SAVED = "".join(f"| time saved in {words}, one / 16 images " for words in FORMS.values())
+
+
+def less_work_accuracy() -> str:
+    """Work, accuracy and time of reduced bundled models, as `benchmarks/less_work.py accuracy` measured them."""
+    lines = []
+    for model, members in groupby(_less_work("accuracy"), key=lambda row: row["model"]):
+        rows = list(members)
+        full = rows[0]["full_top1"]
+        lines += [
+            f"**`{model}`**: {full['eager']:.1%} in float, {full['int8']:.1%} in int8.",
+            "",
+            f"| method | work saved | top-1 (change), % | in int8, % {SAVED}| training |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in rows:
+            top1, change = row["top1"]["eager"], row["top1"]["eager"] - full["eager"]
+            int8 = f"{100 * row['top1']['int8']:.1f}" if "int8" in row["top1"] else ""
+            more = row["training"]["reverse_parameters"] / 1e6
+            lines.append(
+                f"| {REDUCTIONS[row['method']]} | {1 - row['macs']:.0%} | {100 * top1:.1f} ({100 * change:+.1f}) "
+                f"| {int8} | {_saved(row['ms'])} | {row['training']['seconds'] / 60:.0f} min"
+                f"{f', {more:.2f} M in reverse modules' if more else ''} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def less_work_speed() -> str:
+    """Work and time of published models that were reduced, as `benchmarks/less_work.py speed` measured them."""
+    lines = []
+    for model, members in groupby(_less_work("speed"), key=lambda row: row["model"]):
+        rows = list(members)
+        times = next(row["ms"] for row in rows if "ms" in row)
+        whole = ", ".join(f"{times[f'full {form}']['one']:.0f} ms in {words}" for form, words in FORMS.items())
+        lines += [
+            f"**`{model}`**: {whole} for one image.",
+            "",
+            f"| method | work saved {SAVED}|",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for row in rows:
+            found = _cell(row["problem"]) + " | | | |" if "problem" in row else f"{1 - row['macs']:.0%} | "
+            lines.append(f"| {REDUCTIONS[row['method']]} | {found}" + (f"{_saved(row['ms'])} |" if "ms" in row else ""))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _saved(ms: dict[str, dict[str, float]]) -> str:
+    """Cells: the share of the full model's time that each form saves, one image and sixteen."""
+    cells = []
+    for form in FORMS:
+        full, reduced = ms[f"full {form}"], ms.get(f"reduced {form}")
+        cells.append(" / ".join(f"{1 - reduced[key] / full[key]:.0%}" for key in ("one", "batch")) if reduced else "")
+    return " | ".join(cells)
+
+
 def sparse_crossover() -> str:
     """How many times as fast as dense attention the skipping one is, as `benchmarks/less_work.py crossover` saw it."""
     rows = [row for row in _less_work("crossover") if row["kind"] == "attention"]
@@ -279,6 +346,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "compression_study": compression_study,
     "quantized": quantized,
     "perturbation": perturbation,
+    "less_work_accuracy": less_work_accuracy,
+    "less_work_speed": less_work_speed,
     "sparse_crossover": sparse_crossover,
     "block_crossover": block_crossover,
 }

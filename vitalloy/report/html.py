@@ -121,6 +121,7 @@ def _omitted(part: dict, images: Path) -> dict:
     shown = _pictures(part.get("pictures") or [], images)["shown"]
     return {
         **part,
+        "reverse": (settings.get("sit") or {}).get("reverse_parameters"),
         "kept": plots.kept((settings.get("lpvit") or {}).get("layers") or []),
         "curve": plots.exits(curve.get("rows") or [], curve["chosen"]) if curve else None,
         "shown": {method: [row for row in shown if row["method"] == method] for method in settings},
