@@ -47,19 +47,22 @@ BATCH, CALIBRATION, TESTED, TRAINED = 16, 128, 2000, 12_800  # images
 
 @dataclass(frozen=True)
 class Row:
-    """A method as it is studied: the option that sets its budget, the budgets, its other options, and its training."""
+    """A method as it is studied: the option that sets its budget, the budgets, its other options, and its training.
+
+    `untrained` is what makes it without training, to be timed; None where only what it learns differs from another row.
+    """
 
     method: str
     budgets: tuple[float, ...] = (0.8, 0.65, 0.5)
     knob: str = "macs"
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    untrained: dict[str, Any] = field(default_factory=lambda: {"epochs": 0})
+    untrained: dict[str, Any] | None = field(default_factory=lambda: {"epochs": 0})
 
 
 ROWS = {
     "sit": Row("sit", training={"epochs": 3}),
-    "sit_without_tokens": Row("sit", (0.65,), options={"token_weight": 0.0}, training={"epochs": 3}),
+    "sit_without_tokens": Row("sit", (0.65,), options={"token_weight": 0.0}, training={"epochs": 3}, untrained=None),
     "sparsifiner": Row(
         "sparsifiner",
         (0.5, 0.25, 0.1),
@@ -71,7 +74,11 @@ ROWS = {
     "lpvit": Row("lpvit", training={"epochs": 2}),
     "lpvit_blocks": Row("lpvit", (0.65, 0.5), options={"pattern": "blocks"}, training={"epochs": 2}),
     "lpvit_blocks_exact": Row(
-        "lpvit", (0.65, 0.5), options={"pattern": "blocks", "as_published": False}, training={"epochs": 2}
+        "lpvit",
+        (0.65, 0.5),
+        options={"pattern": "blocks", "as_published": False},
+        training={"epochs": 2},
+        untrained=None,
     ),
 }
 
@@ -81,15 +88,23 @@ class Results:
 
     def __init__(self, name: str) -> None:
         self.path = RESULTS / f"less_work_{name}.json"
-        self.rows = json.loads(self.path.read_text())["rows"] if self.path.is_file() else []
+
+    def rows(self) -> list[dict[str, Any]]:
+        return json.loads(self.path.read_text())["rows"] if self.path.is_file() else []
 
     def has(self, **key: Any) -> bool:
-        return any(all(row[k] == v for k, v in key.items()) for row in self.rows)
+        return any(all(row[k] == v for k, v in key.items()) for row in self.rows())
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self.path.write_text(json.dumps({"machine": describe(), "rows": self.rows}, indent=1) + "\n")
+        rows = sorted([*self.rows(), row], key=_order)
+        self.path.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
         logging.info("%s", {k: v for k, v in row.items() if k not in ("ms", "settings")})
+
+
+def _order(row: dict[str, Any]) -> tuple[int, ...]:
+    """Rows of a model together, methods as in ROWS; rows without a model as they came."""
+    models = (*BUNDLED, *PUBLISHED)
+    return (models.index(row["model"]), list(ROWS).index(row["method"])) if "model" in row else ()
 
 
 def train(names: list[str], methods: list[str], files: Path) -> None:
@@ -163,7 +178,7 @@ def speed(names: list[str], methods: list[str]) -> None:
             full = forms_of(Workbench(model, images, Path(folder), Silent()))
             for method in methods:
                 row = ROWS[method]
-                for budget in row.budgets:
+                for budget in row.budgets if row.untrained is not None else ():
                     key = {"model": name, "method": method, "budget": budget}
                     if results.has(**key):
                         continue
@@ -173,7 +188,7 @@ def speed(names: list[str], methods: list[str]) -> None:
                         reduced = forms_of(Workbench(made, images, Path(folder), Silent(), f"{method}-{budget}"))
                         found = {
                             "macs": trunk.macs(made, images[:BATCH]) / BATCH / full["eager"].macs,
-                            "ms": times(full, reduced, images[:BATCH], budget_s=8.0),
+                            "ms": times(full, reduced, images[:BATCH], budget_s=4.0),
                         }
                     except VitalloyError as error:
                         found = {"problem": str(error)}
@@ -226,8 +241,9 @@ def times(full: dict[str, Any], reduced: dict[str, Any], images: torch.Tensor, b
         for image in images.split(1):
             call(image)
 
-    one = compare({name: lambda c=call: alone(c) for name, call in calls.items()}, repeats=15, budget_s=budget_s)
-    many = compare({name: lambda c=call: c(images) for name, call in calls.items()}, repeats=15, budget_s=budget_s)
+    turns = {"warmup": 1, "repeats": 15, "budget_s": budget_s}
+    one = compare({name: lambda c=call: alone(c) for name, call in calls.items()}, **turns)
+    many = compare({name: lambda c=call: c(images) for name, call in calls.items()}, **turns)
     return {name: {"one": one[name].median_ms / len(images), "batch": many[name].median_ms} for name in calls}
 
 

@@ -176,7 +176,7 @@ def compress(
             lr=lr,
             progress=progress and (lambda done: progress(predictor_epochs + done, total)),
         )
-    model.settings, model.choices, model.left_alone = settings, choices, left
+    model.choices, model.left_alone = choices, left
     for name, reason in left.items():
         log.info("%s stays dense: %s.", name, reason)
     return model.eval()

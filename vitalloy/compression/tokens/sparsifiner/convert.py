@@ -149,6 +149,16 @@ def rebuild(
         if whole:
             block.register_forward_pre_hook(begin)
         whole &= count is None
+    model.settings = {
+        "layers": layers,
+        "coefficients": coefficients,
+        "basis_threshold": basis_threshold,
+        "coefficient_threshold": coefficient_threshold,
+        "score_threshold": score_threshold,
+        "n_factor": n_factor,
+        "c_factor": c_factor,
+        "tokens": tokens,
+    }
     return model
 
 
