@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
 import vitalloy  # noqa: F401  torchvision must not be imported before it
@@ -25,3 +26,11 @@ FOREIGN = (
 def pytest_configure(config):
     for line in FOREIGN:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that share what their module makes once run in one process (`--dist loadgroup`)."""
+    for item in items:
+        if any(made[-1].scope == "module" for made in item._fixtureinfo.name2fixturedefs.values()):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))

@@ -33,13 +33,17 @@ def exiting(name: str, exits: tuple[int, ...]) -> lgvit.EarlyExit:
     return own
 
 
-@pytest.fixture(scope="module", params=[("vit_nano", (0, 1, 2)), ("pvt_v2_nano", (1, 2))], ids=lambda param: param[0])
+VIT, PVT = ("vit_nano", (0, 1, 2)), ("pvt_v2_nano", (1, 2))  # the state of the second has its grid beside it
+
+
+@pytest.fixture(scope="module")
 def exported(request, tmp_path_factory):
-    """(model, the folder of its cascade); the second exports a state with its grid beside it."""
-    model = exiting(*request.param)
+    """(model, the folder of its cascade)."""
+    model = exiting(*getattr(request, "param", VIT))
     return model, export_cascade(model, pictures(1, 2), tmp_path_factory.mktemp("cascade"))
 
 
+@pytest.mark.parametrize("exported", [VIT, PVT], indirect=True, ids=lambda param: param[0])
 def test_a_cascade_answers_as_the_model_and_in_int8_nearly(exported, tmp_path):
     (model, folder), images = exported, pictures(24, 2)
     assert verify_cascade(model, folder, images.split(12)).agreement == 1
