@@ -25,12 +25,18 @@ FAMILIES = {entry.cls.__name__: entry.cls for entry in registry._ENTRIES.values(
 # shallower and narrower than any variant; a family without a row is tested as its smallest variant is
 REDUCED = {
     "ConViT": {"depth": 4, "local_depth": 2},
+    "CASViT": {"depths": (1, 1, 1, 1)},
     "ConvNeXt": {"patch_size": 2, "depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "layer_scale": 0.1},
+    "CrossViT": {"depths": ((1, 1, 0),) * 3},
+    "DualTokenViT": {"depths": (1, 1, 1)},
     "DynamicHybridViT": {"embed_dim": 64, "depth": 3},
     "FMViT": {"depths": (1, 1, 2, 1), "init_std": 0.055},
     "PyramidVisionTransformer": {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4)},
     "PyramidVisionTransformerV2": {"depths": (1, 1, 2, 1)},
     "SwinTransformer": {"depths": (2, 2, 1, 1)},
+    "TransNeXt": {"depths": (1, 1, 1, 1)},
+    "Twins": {"depths": (2, 2, 1, 1)},
+    "UniFormerLight": {"depths": (1, 1, 2, 1)},
     "VisionTransformer": {"depth": 3},
 }
 # forms of a family that take other paths through its code
@@ -237,6 +243,7 @@ def test_mixed_and_double_precision(case):
         assert close(model.bfloat16()(x.bfloat16()).float(), exact, 0.1)
 
 
+@pytest.mark.parametrize("case", FORMS)  # ONNX files begin with an export of every family
 def test_export_with_a_free_batch(case):
     model, x = build(case).eval(), images(case)
     batch = torch.export.Dim("batch", min=1, max=64)

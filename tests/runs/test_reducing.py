@@ -55,7 +55,7 @@ def test_a_chain_is_one_report_and_its_result_runs_from_a_file(run):
     assert "What sit and lpvit left out" in page and "Patches of one colour" in page and "multiply-adds stay" in page
 
 
-def test_a_reduced_model_is_a_bundle_that_is_explained_exported_and_trained_on(run, tmp_path):
+def test_a_reduced_model_is_explained_exported_and_trained_on(run, tmp_path):
     made = vitalloy.compress_run(run, "lpvit", macs=0.7, epochs=1)
     folder, x = run / made.report.folder, images(run)[:4]
     loaded = vitalloy.load(folder)
@@ -64,17 +64,13 @@ def test_a_reduced_model_is_a_bundle_that_is_explained_exported_and_trained_on(r
     assert vitalloy.evaluate(folder)["top1"] == pytest.approx(made.report.after.top1)
     assert vitalloy.export(folder, output=tmp_path)["max_abs_diff"] < 1e-3
     assert vitalloy.explain(loaded, x).maps.shape == (4, *x.shape[2:])
-    again = vitalloy.compress(loaded, images(run), "sit", macs=0.8, epochs=1)
-    assert [step["method"] for step in again.model.steps] == ["lpvit", "sit"]
-    vitalloy.save(again.model, tmp_path / "both", {"preprocessing": loaded.about["preprocessing"]})
-    torch.testing.assert_close(vitalloy.load(tmp_path / "both")(x), again.model(x))
     logits = loaded.train()(x)
     logits.sum().backward()
     assert all(p.grad is not None for p in loaded.get_classifier().parameters())
 
 
 def test_exits_are_calibrated_for_a_budget_and_stay_so(run):
-    made = vitalloy.compress_run(run, "lgvit", epochs=1, exits=(4, 8))
+    made = vitalloy.compress_run(run, "lgvit", epochs=1, exits=(4,))
     folder = run / made.report.folder
     assert isinstance(made.model, EarlyExit) and (folder / "lgvit" / "cascade.json").is_file()
     found = vitalloy.calibrate_exits(folder, "-20%")
