@@ -224,9 +224,9 @@ def less_work_speed() -> str:
 
 
 def _reduction(row: dict[str, Any]) -> str:
-    """The method, with what it keeps where its budget is no share of the work."""
-    kept = f", {row['budget']:.0%} of the links" if row["method"] == "sparsifiner" else ""
-    return REDUCTIONS[row["method"]] + kept
+    """The method, with its budget where that is not the work that still runs."""
+    knob = {"sparsifiner": "keep", "lpvit_blocks": "macs", "lpvit_blocks_exact": "macs"}.get(row["method"])
+    return REDUCTIONS[row["method"]] + (f", `{knob}={row['budget']:g}`" if knob else "")
 
 
 def _saved(ms: dict[str, dict[str, float]]) -> str:

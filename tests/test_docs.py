@@ -54,7 +54,15 @@ def commands(page: Path) -> list[list[str]]:
 # ---- what is generated
 
 
-MEASURED = ["compression_study", "quantized", "perturbation", "sparse_crossover", "block_crossover"]
+MEASURED = [
+    "compression_study",
+    "quantized",
+    "perturbation",
+    "less_work_accuracy",
+    "less_work_speed",
+    "sparse_crossover",
+    "block_crossover",
+]
 
 
 @pytest.mark.parametrize("name", ["recipe", "systems", "architectures", *MEASURED])
