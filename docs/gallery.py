@@ -195,7 +195,7 @@ def less_work_accuracy() -> str:
             int8 = f"{100 * row['top1']['int8']:.2f}" if "int8" in row["top1"] else ""
             more = row["training"]["reverse_parameters"] / 1e6
             lines.append(
-                f"| {_reduction(row)} | {1 - row['macs']:.0%} | {100 * top1:.2f} ({100 * change:+.2f}) "
+                f"| {_reduction(row)} | {_percent(1 - row['macs'])} | {100 * top1:.2f} ({100 * change:+.2f}) "
                 f"| {int8} | {_saved(row['ms'])} | {row['training']['seconds'] / 60:.0f} min"
                 f"{f', {more:.2f} M in reverse modules' if more else ''} |"
             )
@@ -217,7 +217,7 @@ def less_work_speed() -> str:
             "| --- | ---: | ---: | ---: | ---: |",
         ]
         for row in rows:
-            found = _cell(row["problem"]) + " | | | |" if "problem" in row else f"{1 - row['macs']:.0%} | "
+            found = _cell(row["problem"]) + " | | | |" if "problem" in row else f"{_percent(1 - row['macs'])} | "
             lines.append(f"| {_reduction(row)} | {found}" + (f"{_saved(row['ms'])} |" if "ms" in row else ""))
         lines.append("")
     return "\n".join(lines)
@@ -229,12 +229,17 @@ def _reduction(row: dict[str, Any]) -> str:
     return REDUCTIONS[row["method"]] + (f", `{knob}={row['budget']:g}`" if knob else "")
 
 
+def _percent(share: float) -> str:
+    return f"{round(share, 2) + 0.0:.0%}"  # no "-0%"
+
+
 def _saved(ms: dict[str, dict[str, float]]) -> str:
     """Cells: the share of the full model's time that each form saves, one image and sixteen."""
     cells = []
     for form in FORMS:
         full, reduced = ms[f"full {form}"], ms.get(f"reduced {form}")
-        cells.append(" / ".join(f"{1 - reduced[key] / full[key]:.0%}" for key in ("one", "batch")) if reduced else "")
+        shares = [_percent(1 - reduced[key] / full[key]) for key in ("one", "batch")] if reduced else []
+        cells.append(" / ".join(shares))
     return " | ".join(cells)
 
 
