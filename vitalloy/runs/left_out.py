@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,18 @@ def pictures_of(model: nn.Module, images: Tensor, preprocessing: dict[str, Any],
     Returns:
         Rows of file (below the run), method and caption.
     """
-    methods = {step["method"] for step in steps_of(model)}
+    steps = {step["method"]: step["settings"] for step in steps_of(model)}
     plain = model.model if isinstance(model, EarlyExit) else model
     shown = images[torch.linspace(0, len(images) - 1, SHOWN).long()]
     originals = [as_picture(image, preprocessing) for image in shown]
     drawn: list[tuple[str, Image.Image, str]] = []
-    if "sit" in methods:
+    if "sit" in steps:
         last = origins(plain, shown)[-1]  # (B, M, N)
-        grid = _grid(plain, shown, last.shape[-1])
+        grid = tuple(steps["sit"]["slims"][0]["before"])
         for original, shares in zip(originals, last, strict=True):
             owner = (shares / shares.sum(1, keepdim=True)).argmax(0).numpy().reshape(grid)
             drawn.append(("sit", pictures.merged(original, owner), f"{len(np.unique(owner))} of {len(shares)} tokens"))
-    if "sparsifiner" in methods:
+    if "sparsifiner" in steps:
         name, mask = list(links(plain, shown).items())[-1]  # (B, heads, N, M)
         grid = _grid(plain, shown, mask.shape[-1])
         skip = mask.shape[-1] - grid[0] * grid[1]
@@ -74,4 +75,5 @@ def _grid(model: nn.Module, images: Tensor, count: int) -> tuple[int, int]:
     """The sides of the grid of patches that `count` tokens are, class tokens in front of them or not."""
     grids = [p.grid for p in points(model, images[:1]) if p.grid]
     fitting = [g for g in grids if 0 <= count - g[0] * g[1] <= 2]
-    return fitting[0] if fitting else (1, count)
+    side = math.isqrt(count)
+    return fitting[0] if fitting else (side, side) if side * side == count else (1, count)
