@@ -103,33 +103,22 @@ def rebuild(
     model: nn.Module,
     *,
     layers: Mapping[str, Mapping[str, Any]],
-    coefficients: int = 8,
-    basis_threshold: float = 0.02,
-    coefficient_threshold: float | None = None,
     score_threshold: float | None = None,
-    n_factor: float = 6,
-    c_factor: float = 2,
     tokens: Mapping[str, Any] | None = None,
+    **predictor: Any,
 ) -> nn.Module:
-    """A plain model with sparse attention in place; predictors are at their start. Arguments as `plan` gives them."""
+    """A plain model with sparse attention in place; predictors are at their start.
+
+    Arguments as `plan` gives them; `predictor` are the options of every `MaskPredictor`.
+    """
     like = next(model.parameters())
     state = None
     if tokens is not None:
         state = TokenState(tokens["prefix"], tokens["patches"], tokens["drop"])
     for name, layer in layers.items():
         old = model.get_submodule(name)
-        predictor = MaskPredictor(
-            layer["keys"],
-            layer["heads"],
-            layer["dim"],
-            n_factor=n_factor,
-            c_factor=c_factor,
-            coefficients=coefficients,
-            basis_threshold=basis_threshold,
-            coefficient_threshold=coefficient_threshold,
-        )
         new = SparseAttend(
-            predictor.to(like),
+            MaskPredictor(layer["keys"], layer["heads"], layer["dim"], **predictor).to(like),
             keep=layer["keep"],
             score_threshold=score_threshold,
             prefix=layer["prefix"],
@@ -149,16 +138,7 @@ def rebuild(
         if whole:
             block.register_forward_pre_hook(begin)
         whole &= count is None
-    model.settings = {
-        "layers": layers,
-        "coefficients": coefficients,
-        "basis_threshold": basis_threshold,
-        "coefficient_threshold": coefficient_threshold,
-        "score_threshold": score_threshold,
-        "n_factor": n_factor,
-        "c_factor": c_factor,
-        "tokens": tokens,
-    }
+    model.settings = {"layers": layers, "score_threshold": score_threshold, "tokens": tokens, **predictor}
     return model
 
 
