@@ -41,7 +41,7 @@ from vitalloy.runs.trials import Workbench, judge
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = ("deit_small_patch16_224", "pvt_v2_b1", "efficientformer_l1")
-BUNDLED = ("fashion_vit", "fashion_hybrid")
+BUNDLED = ("fashion_vit", "fashion_hybrid", "fashion_cvt")
 BATCH, CALIBRATION, TESTED, TRAINED = 16, 128, 2000, 12_800  # images
 
 

@@ -350,7 +350,7 @@ def test_a_bundle_loads_from_the_hub(tmp_path, monkeypatch):
     assert asked == [("me/cvt", ["model.safetensors", "model.json"])]
 
 
-@pytest.mark.parametrize(("name", "side"), [("fashion_hybrid", 32), ("fashion_vit", 28)])
+@pytest.mark.parametrize(("name", "side"), [("fashion_hybrid", 32), ("fashion_cvt", 32), ("fashion_vit", 28)])
 def test_bundled_models_load_and_say_what_they_are(name, side):
     model = vitalloy.load(f"bundled:{name}")
     assert model.classes[9] == "Ankle boot" and model.about["data"] == "FashionMNIST" and not model.training

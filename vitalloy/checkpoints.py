@@ -249,8 +249,8 @@ def _replace(files: Mapping[Path, bytes]) -> None:
 def load(source: str | Path, *, device: str = "cpu") -> nn.Module:
     """A model from a bundle: a run folder, a folder made by `save`, `hf-hub:owner/name`, or `bundled:NAME`.
 
-    Two small models come with the library, for trials: `bundled:fashion_hybrid` and `bundled:fashion_vit`, trained here
-    on Fashion-MNIST by the recipes beside them.
+    Three small models come with the library, for trials: `bundled:fashion_hybrid`, `bundled:fashion_cvt` and
+    `bundled:fashion_vit`, trained here on Fashion-MNIST by the recipes beside them.
 
     Returns:
         The model in evaluation mode; `model.about` holds everything that `model.json` says, `model.classes` its

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import vitalloy
 from vitalloy.compression.tokens import sit
 from vitalloy.compression.tokens.sit.placing import blocks_and_stages, smaller
+from vitalloy.compression.tokens.sit.slimmed import GridSlimming
 from vitalloy.compression.trunk import macs, points
 from vitalloy.deployment import export_onnx, verify_onnx
 from vitalloy.errors import CompressionError
+from vitalloy.layers.slimming import TokenSlimming
 
 KINDS = [
     "vit_nano",  # tokens alone
@@ -72,6 +74,21 @@ def test_untrained_mixtures_stay_where_they_are():
     for rows in sit.origins(model, noise(1)):
         corner = rows[0, 0].unflatten(0, (8, 8))
         assert corner[:4, :4].sum() > 0.8 and rows[0, -1].unflatten(0, (8, 8))[4:, 4:].sum() > 0.8
+
+
+def test_no_share_is_a_denormal_number():
+    """Processors take ten times as long over them, which made slimmed maps of many patches slower than whole ones."""
+    model = GridSlimming(24, (28, 28), (14, 14))
+    assert model.mixing(torch.zeros(1, 784, 24)).min() > torch.finfo(torch.float32).tiny
+
+
+def test_folding_takes_the_scale_along():
+    model, tokens = TokenSlimming(24, 9, prefix=1), noise(2).reshape(2, 128, 24)
+    model.scale.data.fill_(3.0)
+    folded = copy.deepcopy(model)
+    for _ in range(2):
+        folded.fuse()
+    assert torch.allclose(folded(tokens), model(tokens), atol=1e-6) and folded.scale is folded.score[-1].bias is None
 
 
 def test_exported_with_a_free_batch(tmp_path):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitalloy.layers.fusion import fold_scale
+
 
 class TokenSlimming(nn.Module):
     """Each of M mixtures is a learned convex combination of all N patch tokens: (B, P + N, C) -> (B, P + M, C).
@@ -33,7 +35,14 @@ class TokenSlimming(nn.Module):
         return self.scores(patches).softmax(-1)
 
     def scores(self, patches: Tensor) -> Tensor:
-        return (self.score(patches) * self.scale).mT  # (B, N, M) -> (B, M, N)
+        scores = self.score(patches).mT  # (B, N, M) -> (B, M, N)
+        return scores if self.scale is None else scores * self.scale
+
+    def fuse(self) -> None:
+        """Folds the scale into the last layer and drops its bias."""
+        if self.scale is not None and type(self.score[-1]) is nn.Linear:  # a quantizer's layer stays as it is
+            self.score[-1] = fold_scale(self.score[-1], self.scale)
+            self.score[-1].bias = self.scale = None
 
     def forward(self, x: Tensor) -> Tensor:
         patches = x[:, self.prefix :]

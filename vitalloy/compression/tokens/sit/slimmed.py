@@ -17,6 +17,7 @@ from vitalloy.layers.backbone import init_weights
 from vitalloy.layers.slimming import TokenSlimming
 
 _WIDTH = 0.3  # of the weights that a mixture starts with, as a share of the distance between mixtures
+_FARTHEST = 16.0  # below no score: exp(-90) is a denormal number, with which processors compute ten times as slowly
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def local_scores(before: Grid, after: Grid) -> Tensor:
     places, slots = centres(before), centres(after)
     steps = torch.tensor([max(b, a) / a for b, a in zip(before, after, strict=True)])  # between mixtures, in places
     offsets = (slots[:, None] - places[None]) * torch.tensor(before)
-    return -((offsets / (_WIDTH * steps)) ** 2).sum(-1) / 2
+    return -((offsets / (_WIDTH * steps)) ** 2).sum(-1).div(2).clamp_max(_FARTHEST)
 
 
 def centres(grid: Grid) -> Tensor:
