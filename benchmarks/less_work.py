@@ -6,9 +6,10 @@
     OMP_NUM_THREADS=1 python benchmarks/less_work.py crossover   # where sparse products begin to pay
 
 Full and reduced model are timed in turns in one process: in PyTorch, in ONNX Runtime and there in int8, one image and
-sixteen at a time; figures are medians. Early exits take the time of the images at hand, in the mean. `train` and
-`accuracy` need Fashion-MNIST (Debian's package dataset-fashion-mnist, or the folder named by VITALLOY_DATA). What was
-trained is kept in `--files`, and each row is written when it is measured: the same command goes on where it was cut.
+sixteen at a time; figures are medians. Early exits are timed with images that leave where those of the test set do,
+each exit with its share. `train` and `accuracy` need Fashion-MNIST (Debian's package dataset-fashion-mnist, or the
+folder named by VITALLOY_DATA). What was trained is kept in `--files`, and each row is written when it is measured: the
+same command goes on where it was cut.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def accuracy(names: list[str], methods: list[str], files: Path) -> None:
     results = Results("accuracy")
     for name in names:
         model, (images, _, held_out, tested) = data_of(name)
-        mixed = torch.cat([x for x, _ in tested])[:: TESTED // BATCH][:BATCH]
+        every = torch.cat([x for x, _ in tested])
         with tempfile.TemporaryDirectory() as folder:
             full = forms_of(Workbench(model, images, Path(folder), Silent()))
             full = dict(zip(full, judge(list(full.values()), tested, Silent()), strict=True))
@@ -154,7 +155,7 @@ def accuracy(names: list[str], methods: list[str], files: Path) -> None:
                         {
                             **key,
                             "macs": macs_of(made, tested) / full["eager"].macs,
-                            "ms": times(full, reduced, mixed, budget_s=3.0),
+                            "ms": times(full, reduced, typical(made, every), budget_s=3.0),
                             "top1": {form: trial.top1 for form, trial in judged.items()},
                             "interval": judged["eager"].top1_interval,
                             "full_top1": {form: trial.top1 for form, trial in full.items()},
@@ -230,6 +231,15 @@ def forms_of(bench: Workbench) -> dict[str, Any]:
     except VitalloyError as error:
         logging.info("%s", error)
     return found
+
+
+@torch.no_grad()
+def typical(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Sixteen of the images, evenly spread; of those with early exits, as many from each exit as leave there."""
+    if isinstance(model, lgvit.EarlyExit):
+        images = images[torch.cat([model.exit_with_depths(x)[1] for x in images.split(100)]).argsort(stable=True)]
+    step = len(images) // BATCH
+    return images[step // 2 :: step][:BATCH]
 
 
 def times(full: dict[str, Any], reduced: dict[str, Any], images: torch.Tensor, budget_s: float) -> dict[str, Any]:

@@ -29,6 +29,16 @@ def test_shifted_windows_see_only_tokens_that_the_grid_puts_together():
     assert torch.equal(cut.mask[:, 0] == 0, near)
 
 
+def test_folded_masks_part_as_well_without_denormal_numbers():
+    windows, logits = Windows((8, 8), (4, 4), shifted=True), torch.randn(4, 1, 16, 16)
+    before = (logits + windows(torch.zeros(1, 8, 8, 1)).mask).softmax(-1)
+    windows.fuse()
+    after = (logits + windows(torch.zeros(1, 8, 8, 1)).mask).softmax(-1)
+    assert torch.allclose(after, before, atol=1e-20) and after.min() > torch.finfo(torch.float32).tiny
+    other = windows(torch.zeros(1, 12, 8, 1)).mask  # a grid that is cut anew
+    assert other.min() == windows.mask.min() == windows.FAR
+
+
 def test_one_axis_of_one_window_is_shifted_along_the_other_alone():
     cut = Windows((4, 8), (4, 4), shifted=True)(torch.zeros(1, 4, 8, 1))
     columns = cut.order.view(2, 4, 4) % 8

@@ -8,7 +8,8 @@ authors' level ends with the merging that follows it; the classifier is `head`.
 Departures: any input size runs. The window is no longer than the grid and a grid of one window is not shifted, decided
 by the map that comes in; the authors and timm decide it by the image size of the constructor. A grid that the window
 does not divide is padded behind the shift, as in timm; the authors' detection code pads before it. As published,
-padding takes part in attention, and what a shift brings together is held apart by -100, not by minus infinity.
+padding takes part in attention, and what a shift brings together is held apart by -100, not by minus infinity; by -60
+once folded.
 """
 
 from __future__ import annotations

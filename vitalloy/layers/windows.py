@@ -93,6 +93,12 @@ class Windows(nn.Module):
         cut = self.make((int(like.shape[1]), int(like.shape[2])), like.device)
         return cut if cut.mask is None else cut._replace(mask=cut.mask.to(like.dtype))
 
+    def fuse(self) -> None:
+        """A mask less deep: exp(-100) is a denormal number, with which processors are slow; exp(-60) adds nothing."""
+        self.FAR = -60.0
+        if self.mask is not None:
+            self.mask = self.mask.clamp_min(self.FAR)
+
     def make(self, grid: Pair, device: torch.device | None = None) -> Cut:
         window = (min(self.window[0], grid[0]), min(self.window[1], grid[1]))
         shift = tuple(w // 2 if self.shifted and w < g else 0 for w, g in zip(window, grid, strict=True))

@@ -300,7 +300,7 @@ class Mask(nn.Module):
     """A fixed mask on the grid of the attention logits that it is added to, no lower than -2^20 of its steps.
 
     The authors add it to the real value, which then is on no grid. Shiftmax gives the same where the mask is far
-    enough below the logits (steps below 0.3 for a mask of -100).
+    enough below the logits (steps below 0.18 for a mask of -60).
     """
 
     LEAST = -(2**20)
