@@ -15,6 +15,7 @@ same command goes on where it was cut.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import logging
@@ -31,6 +32,7 @@ from torch import nn
 import vitalloy
 from vitalloy.benchmark import compare, describe
 from vitalloy.compression import trunk
+from vitalloy.compression.finetune import finetune
 from vitalloy.compression.pruning import lpvit
 from vitalloy.compression.reduction import reduce
 from vitalloy.compression.tokens import lgvit, sparsifiner
@@ -62,6 +64,7 @@ class Row:
 
 
 ROWS = {
+    "whole": Row("whole", (1.0,), training={"epochs": 2}, untrained=None),  # nothing left out: trained on like lpvit's
     "sit": Row("sit", training={"epochs": 3}),
     "sit_without_tokens": Row("sit", (0.65,), options={"token_weight": 0.0}, training={"epochs": 3}, untrained=None),
     "sparsifiner": Row(
@@ -121,13 +124,23 @@ def train(names: list[str], methods: list[str], files: Path) -> None:
                 limit = {} if row.method == "lgvit" else {row.knob: budget}
                 started = time.perf_counter()
                 try:
-                    made = reduce(model, images, row.method, train=shown, **limit, **row.options, **row.training)
+                    if method == "whole":
+                        made = trained_on(model, shown, **row.training)
+                    else:
+                        made = reduce(model, images, row.method, train=shown, **limit, **row.options, **row.training)
                 except VitalloyError as error:
                     logging.info("%s: %s", place.name, error)
                     continue
                 seconds = round(time.perf_counter() - started)
                 vitalloy.save(made, place, {"seconds": seconds, "preprocessing": model.about["preprocessing"]})
                 logging.info("%s: %d s", place.name, seconds)
+
+
+def trained_on(model: nn.Module, shown: list[Any], epochs: int) -> nn.Module:
+    """What training alone does: the model trained as `lpvit` trains what it has pruned, with itself as the teacher."""
+    made = copy.deepcopy(model)
+    finetune(made, shown, epochs=epochs, lr=5e-4, weight_decay=0.05, teacher=model)
+    return made
 
 
 def accuracy(names: list[str], methods: list[str], files: Path) -> None:
@@ -163,7 +176,7 @@ def accuracy(names: list[str], methods: list[str], files: Path) -> None:
                             "training": {
                                 **row.training,
                                 "seconds": made.about["seconds"],
-                                "reverse_parameters": made.settings.get("reverse_parameters", 0),
+                                "reverse_parameters": getattr(made, "settings", {}).get("reverse_parameters", 0),
                             },
                         }
                     )

@@ -166,6 +166,7 @@ def perturbation() -> str:
 
 
 REDUCTIONS = {
+    "whole": "none, trained on",
     "sit": "`sit`",
     "sit_without_tokens": "`sit`, `token_weight=0`",
     "sparsifiner": "`sparsifiner`",
