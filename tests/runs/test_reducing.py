@@ -95,6 +95,14 @@ def test_exits_are_calibrated_for_a_budget_and_stay_so(run):
         vitalloy.calibrate_exits(run)
 
 
+def test_exits_of_an_int8_cascade_are_calibrated_too(run):
+    folder = run / vitalloy.compress_run(run, "lgvit+int8", epochs=1, exits=(4,)).report.folder
+    found = vitalloy.calibrate_exits(folder, "-20%")
+    again = vitalloy.load(folder)
+    assert list(again.policy.thresholds) == pytest.approx(list(found["chosen"]["thresholds"]))
+    assert (again(images(run)).argmax(1) >= 0).all() and set(again.depths.tolist()) <= {0, 1}
+
+
 def test_a_bundle_of_a_method_that_is_not_known_is_refused(run, tmp_path):
     vitalloy.save(vitalloy.load(run), tmp_path, {})
     about = json.loads((tmp_path / "model.json").read_text())

@@ -99,7 +99,7 @@ def quantize_cascade(folder: str | Path, int8_folder: str | Path, images: Any, *
         gone, memory = cascade.policy.leaving(number, reading, memory)
         if int((~gone).sum()) >= min(FEWEST, len(state)):
             state, memory = state[~gone.numpy()], memory[~gone]
-    _describe(int8_folder, cascade.about)
+    _describe(int8_folder, cascade.manifest)
     return int8_folder
 
 
@@ -112,6 +112,7 @@ class CascadeModel:
 
     Attributes:
         depths: the exits at which the images of the last call left, (B,), by their numbers in the exported model.
+        manifest: what `cascade.json` says.
         policy: when an image leaves; `calibrate` of `vitalloy.compression.tokens.lgvit` sets it, `save` keeps it.
 
     Raises:
@@ -130,17 +131,17 @@ class CascadeModel:
 
         self.path = Path(folder)
         try:
-            self.about = json.loads((self.path / ABOUT).read_text())
-            self.policy = Policy(self.about["policy"], tuple(self.about["thresholds"]))
-            self._numbers = [*self.about["exits"], self.about["end"]]
-            files, self.trunk_macs = self.about["files"], tuple(self.about["macs"])
+            self.manifest = json.loads((self.path / ABOUT).read_text())
+            self.policy = Policy(self.manifest["policy"], tuple(self.manifest["thresholds"]))
+            self._numbers = [*self.manifest["exits"], self.manifest["end"]]
+            files, self.trunk_macs = self.manifest["files"], tuple(self.manifest["macs"])
         except FileNotFoundError as error:
             raise ExportError(f"There is no cascade at {self.path}. Export the model first.") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ExportError(f"{self.path / ABOUT} does not describe a cascade: {reason(error)}.") from error
-        self.pieces = [OnnxModel(self.path / name, threads, providers) for name in files]
+        self.pieces = [OnnxModel(self.path / name, threads, providers, spinning=False) for name in files]
         self._inputs = [piece.session.get_inputs()[0] for piece in self.pieces]
-        self.head_macs = (0.0,) * len(self.about["exits"])  # each file holds its head
+        self.head_macs = (0.0,) * len(self.manifest["exits"])  # each file holds its head
         self.depths: torch.Tensor | None = None
 
     def __call__(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -198,8 +199,8 @@ class CascadeModel:
 
     def save(self) -> None:
         """Keep the thresholds of `policy` beside the files."""
-        self.about = {**self.about, "policy": self.policy.name, "thresholds": list(self.policy.thresholds)}
-        _describe(self.path, self.about)
+        self.manifest = {**self.manifest, "policy": self.policy.name, "thresholds": list(self.policy.thresholds)}
+        _describe(self.path, self.manifest)
 
     def run(self, number: int, state: np.ndarray) -> list[np.ndarray]:
         """What one file returns: [logits, next state], the last one [logits]."""
@@ -231,7 +232,7 @@ def verify_cascade(
     """
     cascade = cascade if isinstance(cascade, CascadeModel) else CascadeModel(cascade)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    asked = [*cascade.about["exits"], len(model.heads)]
+    asked = [*cascade.manifest["exits"], len(model.heads)]
     worst, equal, images = 0.0, 0, 0
     with at_rest(model):
         for batch in batches:

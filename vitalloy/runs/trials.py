@@ -229,7 +229,7 @@ class Workbench:
         return Path(self.onnx().file)
 
     def _file(self, trial: Trial, path: Path) -> Trial:
-        return replace(trial, file=str(path), size_bytes=path.stat().st_size, call=OnnxModel(path))
+        return replace(trial, file=str(path), size_bytes=path.stat().st_size, call=OnnxModel(path, spinning=False))
 
 
 @torch.inference_mode()
