@@ -104,7 +104,7 @@ def test_frontier_area_follows_size_and_beaten_points_are_hollow():
     assert ["hollow" in e.get("class") for e in spots] == [True, False, False]  # PyTorch is slower at equal accuracy
     x = [float(e.get("cx")) for e in spots]
     assert x[2] < x[1] < x[0]
-    boxes = [(float(e.get("x")), float(e.get("y")), 6.3 * len(e.text)) for e in named(root, "label")]
+    boxes = [(float(e.get("x")), float(e.get("y")), 7.4 * len(e.text)) for e in named(root, "label")]
     for i, (x1, y1, w1) in enumerate(boxes):
         for x2, y2, w2 in boxes[i + 1 :]:
             assert abs(y1 - y2) >= 16 or x1 + w1 <= x2 or x2 + w2 <= x1, "labels overlap"

@@ -18,6 +18,7 @@ from vitalloy.report.words import ABSENT, count, ms, number, pct, points, pretty
 SMALL = 16  # classes up to which the matrix leaves room for words beside it
 GRID = 120  # cells a side of the matrix without labels
 SHADES = 8  # steps of its colour
+GLYPH = 7.4  # pixels of a letter in a label, in the widest of the usual system fonts
 
 
 def curves(history: list[dict], best: int | None) -> list[Markup] | None:
@@ -224,7 +225,7 @@ def frontier(rows: list[dict]) -> Markup | None:
         parts.append(el("circle", cx=at, cy=up, r=radius, cls="spot hollow" if _beaten(r, rows) else "spot", tip=tip))
         parts.append(el("circle", cx=at, cy=up, r=2.5, cls="dot teal"))
         label = cut(r["name"], 30) + (f" · {weight}" if weight != ABSENT else "")
-        left, line = _free(at, up, radius, 6.3 * len(label), taken)
+        left, line = _free(at, up, radius, GLYPH * len(label), taken)
         parts.append(el("text", label, x=left, y=line, cls="label user"))
     return svg(460, 310, "Latency against accuracy; the area of a point is its file size", *parts)
 

@@ -88,7 +88,8 @@ class CompressionReport:
                 parts.append(f"{_less(after.batch_ms / same.batch_ms)} time for a batch in {same.runtime}")
         if after.size_bytes and eager.size_bytes:
             ratio = eager.size_bytes / after.size_bytes
-            parts.append(f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger")
+            size = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"
+            parts.append("the same size" if size.startswith("1.0x") else size)
         if after.execution == "simulation":
             parts.append("only simulated, so not faster")
         elif after.latency_ms and eager.latency_ms and runtime.latency_ms:
